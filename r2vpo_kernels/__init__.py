@@ -1,0 +1,15 @@
+"""R²VPO: ratio-variance regularised policy optimisation, one pass over the logits."""
+
+from .dual import VarianceConstraint, fenchel_coef
+from .loss import r2vpo_loss, r2vpo_loss_from_logps, token_logps
+from .objective import R2VPOOutput, RatioStats
+
+__all__ = [
+    "R2VPOOutput",
+    "RatioStats",
+    "VarianceConstraint",
+    "fenchel_coef",
+    "r2vpo_loss",
+    "r2vpo_loss_from_logps",
+    "token_logps",
+]

@@ -1,0 +1,435 @@
+"""Triton kernels over logits: log-probs forward, log-probs backward, one-pass, scaling.
+
+Equations are those of DERIVATION.md. A row of logits is z ∈ R^V and x = z / temperature; inside the
+kernels exponents are in base 2, as the hardware's exponential is. The launchers at the end take checked
+tensors: `logits` (B, T, V) with a contiguous vocabulary, whatever is per token flat and contiguous
+(B·T,) float32, and `labels` int64 with -1 where a row must not be read and V where a label was bad.
+`dlogits` has the shape of `logits` and rows at the same place within 16 bytes; it may be `logits`.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+# Columns per thread and step, and threads per program: two 16-byte loads of bfloat16 in flight, and in
+# rows that are peeled, which need the registers for their edges, one. The step depends on V and on the
+# alignment alone: a row is summed in the same order in every batch. Not yet tuned on hardware.
+PER_THREAD = 16
+PER_THREAD_PEELED = 8
+MAX_THREADS = 512
+REGISTERS = 65536
+VECTOR_BYTES = 16
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _nan_maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _clamp(x, bound):
+    # Comparisons, because tl.minimum and tl.maximum lose a NaN.
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+
+
+@triton.jit
+def _difference(a, b):
+    # Eq. 2: equal log-probs differ by 0, two infinities too.
+    return tl.where(a == b, 0.0, a - b)
+
+
+@triton.jit
+def _expm1(x):
+    # libdevice's expm1 is missing in the interpreter. Near 0 the Taylor series to x^10, whose remainder
+    # at 0.5 is under 3e-11 of the value; elsewhere exp - 1, where exp's error grows 2.6-fold at most.
+    series = 1.0 + x * (1.0 / 10.0)
+    series = 1.0 + x * (1.0 / 9.0) * series
+    series = 1.0 + x * (1.0 / 8.0) * series
+    series = 1.0 + x * (1.0 / 7.0) * series
+    series = 1.0 + x * (1.0 / 6.0) * series
+    series = 1.0 + x * (1.0 / 5.0) * series
+    series = 1.0 + x * (1.0 / 4.0) * series
+    series = 1.0 + x * (1.0 / 3.0) * series
+    series = 1.0 + x * (1.0 / 2.0) * series
+    return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
+
+
+# A row is walked in blocks from its last 16-byte boundary at or before its first element, which lies
+# `lead` further on; `end` is one past its last element. ALIGNED says that lead is 0 and V a whole number
+# of 16-byte words in every row. Divisions that look idle tell the compiler what is a whole number of them.
+
+
+@triton.jit
+def _row_offset(token, length, stride_batch, stride_token):
+    # length is an int64, and so are the products.
+    return (token // length) * stride_batch + (token % length) * stride_token
+
+
+@triton.jit
+def _row_lead(offset, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
+    return 0 if ALIGNED else (offset % VECTOR).to(tl.int32)
+
+
+@triton.jit
+def _row_end(lead, vocabulary, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
+    return vocabulary // VECTOR * VECTOR if ALIGNED else vocabulary + lead
+
+
+@triton.jit
+def _row(pointer, offset, VECTOR: tl.constexpr):
+    return pointer + offset // VECTOR * VECTOR
+
+
+@triton.jit
+def _load(row, block, lead, end, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    if ALIGNED:
+        z = tl.load(row + place, mask=place < end, other=-float("inf"))
+    elif (block > 0) & ((block + 1) * BLOCK <= end):
+        # A mask whose edge is not known to be aligned makes the access narrow: only the blocks
+        # that an edge of the row cuts have one.
+        z = tl.load(row + place)
+    else:
+        z = tl.load(row + place, mask=(place >= lead) & (place < end), other=-float("inf"))
+    return z.to(tl.float32)
+
+
+@triton.jit
+def _store(row, block, lead, end, value, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    value = value.to(row.dtype.element_ty)
+    if ALIGNED:
+        tl.store(row + place, value, mask=place < end)
+    elif (block > 0) & ((block + 1) * BLOCK <= end):
+        tl.store(row + place, value)
+    else:
+        tl.store(row + place, value, mask=(place >= lead) & (place < end))
+
+
+@triton.jit
+def _store_zeros(row, lead, end, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    zeros = tl.zeros([BLOCK], tl.float32)
+    for block in range(0, tl.cdiv(end, BLOCK)):
+        _store(row, block, lead, end, zeros, ALIGNED, BLOCK)
+
+
+@triton.jit
+def _first_look(
+    row, lead, end, label, temperature,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Eq. 1 and Eq. 3 in one read: the label's logp, logsumexp in base 2, entropy.
+
+    Each lane keeps m = max x, s = Σ 2^(x-m) and r = Σ 2^(x-m)·(x-m) over its columns (Eq. 14): one
+    exponential per element, and threads meet only once per row.
+    """
+    scale = LOG2_E / temperature
+    # The lowest finite number in place of -inf: a block of -inf then meets no inf - inf.
+    m = tl.full([BLOCK], LOWEST, tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    r = tl.zeros([BLOCK], tl.float32)
+    for block in range(0, tl.cdiv(end, BLOCK)):
+        x = _load(row, block, lead, end, ALIGNED, BLOCK) * scale
+        gap = x - m
+        decay = tl.exp2(-tl.abs(gap))
+        rises = gap > 0
+        if ENTROPY:
+            # decay = 0 stands for a factor whose product with an infinite gap is 0.
+            kept = tl.where(rises, (r - gap * s) * decay, r + gap * decay)
+            r = tl.where(decay == 0, tl.where(rises, 0.0, r), kept)
+        s = s * tl.where(rises, decay, 1.0) + tl.where(rises, 1.0, decay)
+        m = _nan_maximum(m, x)
+    top = tl.reduce(m, 0, _nan_maximum)
+    gap = m - top
+    decay = tl.exp2(gap)
+    total = tl.sum(s * decay, 0)
+    # top - top is 0, and NaN for a logit of +inf, whose softmax has no value.
+    log_total = tl.log2(total) + (top - top)
+    # A bad label reads nothing and makes logp NaN.
+    z_label = tl.load(row + lead + label, mask=label < end - lead, other=float("nan"))
+    logp = ((z_label.to(tl.float32) * scale - top) - log_total) * LN_2
+    entropy = 0.0
+    if ENTROPY:
+        moved = tl.where(decay == 0, 0.0, (r + gap * s) * decay)
+        entropy = (log_total - tl.sum(moved, 0) / total) * LN_2
+    return logp, top + log_total, entropy
+
+
+@triton.jit
+def _second_look(
+    row, grad_row, lead, end, label, temperature, logp, lse, entropy, dlogp, dentropy,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
+
+    It walks from the last block to the first, because what the first look read last is still in cache.
+    """
+    scale = LOG2_E / temperature
+    dlogp = dlogp / temperature
+    dentropy = dentropy / temperature
+    # -expm1(logp) is 1 - p without cancellation at p = 1.
+    at_label = -dlogp * _expm1(logp)
+    if ENTROPY:
+        # Eq. 12: p·log p is 0 at p = 0, where log p is -inf.
+        p_label = tl.exp(logp)
+        at_label -= tl.where(p_label == 0, 0.0, dentropy * p_label * (logp + entropy))
+    blocks = tl.cdiv(end, BLOCK)
+    for step in range(0, blocks):
+        block = blocks - 1 - step
+        log2_p = _load(row, block, lead, end, ALIGNED, BLOCK) * scale - lse
+        p = tl.exp2(log2_p)
+        dz = -p * dlogp
+        if ENTROPY:
+            dz -= tl.where(p == 0, 0.0, dentropy * p * (log2_p * LN_2 + entropy))
+        column = block * BLOCK + tl.arange(0, BLOCK) - lead
+        dz = tl.where(column == label, at_label, dz)
+        _store(grad_row, block, lead, end, dz, ALIGNED, BLOCK)
+
+
+@triton.jit
+def _dlogp(
+    logp, old_logp, ref_logp, weight, advantage, variance_coef, center, kl_coef, clamp,
+    KL: tl.constexpr,
+):  # fmt: skip
+    """Eq. 7: dL/dlogp of one token from its own numbers; `center` is c - 1."""
+    raw = _difference(logp, old_logp)
+    delta = _clamp(raw, clamp)
+    slope = tl.exp(delta) * (2.0 * variance_coef * (_expm1(delta) - center) - advantage)
+    slope = tl.where(tl.abs(raw) > clamp, 0.0, slope)
+    if KL > 0:
+        raw = _difference(ref_logp, logp)
+        if KL == 1:
+            dkl = 1.0
+        elif KL == 2:
+            dkl = -raw
+        else:
+            dkl = -_expm1(raw)
+        slope += kl_coef * tl.where(tl.abs(raw) > clamp, 0.0, dkl)
+    return weight * slope
+
+
+# Nothing that varies between steps is specialised on; what the compiler may assume of alignment is in
+# the flag ALIGNED, which the host derives from pointers, strides and V.
+_VARYING = ["rows", "length", "vocabulary", "misaligned"]
+_VARYING += ["stride_batch", "stride_token", "grad_stride_batch", "grad_stride_token"]
+_kernel = triton.jit(do_not_specialize=_VARYING)
+
+
+@_kernel
+def logps_forward_kernel(
+    logits, labels, temperature, logps, lse, entropy,
+    rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
+    stride_batch: tl.int64, stride_token: tl.int64,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for token in range(tl.program_id(0), rows, tl.num_programs(0)):
+        label = tl.load(labels + token)
+        logp_t = 0.0
+        lse_t = 0.0
+        entropy_t = 0.0
+        if label >= 0:
+            offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
+            lead = _row_lead(offset, ALIGNED, VECTOR)
+            end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
+            logp_t, lse_t, entropy_t = _first_look(
+                _row(logits, offset, VECTOR), lead, end, label, tl.load(temperature + token),
+                ENTROPY, ALIGNED, BLOCK,
+            )  # fmt: skip
+        tl.store(logps + token, logp_t)
+        tl.store(lse + token, lse_t)
+        if ENTROPY:
+            tl.store(entropy + token, entropy_t)
+
+
+@_kernel
+def logps_backward_kernel(
+    logits, dlogits, labels, temperature, logps, lse, entropy, grad_logps, grad_entropy,
+    rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
+    stride_batch: tl.int64, stride_token: tl.int64,
+    grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for token in range(tl.program_id(0), rows, tl.num_programs(0)):
+        label = tl.load(labels + token)
+        offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
+        lead = _row_lead(offset, ALIGNED, VECTOR)
+        end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
+        grad_offset = misaligned + _row_offset(
+            token, length, grad_stride_batch, grad_stride_token
+        )
+        grad_row = _row(dlogits, grad_offset, VECTOR)
+        if label >= 0:
+            entropy_t = 0.0
+            dentropy = 0.0
+            if ENTROPY:
+                entropy_t = tl.load(entropy + token)
+                dentropy = tl.load(grad_entropy + token)
+            _second_look(
+                _row(logits, offset, VECTOR), grad_row, lead, end, label,
+                tl.load(temperature + token), tl.load(logps + token), tl.load(lse + token),
+                entropy_t, tl.load(grad_logps + token), dentropy, ENTROPY, ALIGNED, BLOCK,
+            )  # fmt: skip
+        else:
+            _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
+
+
+@_kernel
+def one_pass_kernel(
+    logits, dlogits, labels, temperature, weight, old_logps, advantages, variance_coef, center,
+    ref_logps, kl_coef, entropy_coef, log_ratio_clamp, logps, entropy,
+    rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
+    stride_batch: tl.int64, stride_token: tl.int64,
+    grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
+    ON_POLICY: tl.constexpr, KL: tl.constexpr,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for token in range(tl.program_id(0), rows, tl.num_programs(0)):
+        label = tl.load(labels + token)
+        offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
+        lead = _row_lead(offset, ALIGNED, VECTOR)
+        end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
+        grad_offset = misaligned + _row_offset(
+            token, length, grad_stride_batch, grad_stride_token
+        )
+        grad_row = _row(dlogits, grad_offset, VECTOR)
+        logp = 0.0
+        entropy_t = 0.0
+        if label >= 0:
+            row = _row(logits, offset, VECTOR)
+            temperature_t = tl.load(temperature + token)
+            logp, lse, entropy_t = _first_look(
+                row, lead, end, label, temperature_t, ENTROPY, ALIGNED, BLOCK
+            )
+            weight_t = tl.load(weight + token)
+            dlogp = _dlogp(
+                logp,
+                logp if ON_POLICY else tl.load(old_logps + token),
+                tl.load(ref_logps + token) if KL > 0 else 0.0,
+                weight_t, tl.load(advantages + token), tl.load(variance_coef + token),
+                tl.load(center + token), tl.load(kl_coef), tl.load(log_ratio_clamp), KL,
+            )  # fmt: skip
+            dentropy = -weight_t * tl.load(entropy_coef) if ENTROPY else 0.0
+            _second_look(
+                row, grad_row, lead, end, label, temperature_t, logp, lse, entropy_t,
+                dlogp, dentropy, ENTROPY, ALIGNED, BLOCK,
+            )  # fmt: skip
+        else:
+            _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
+        tl.store(logps + token, logp)
+        if ENTROPY:
+            tl.store(entropy + token, entropy_t)
+
+
+@_kernel
+def scale_kernel(
+    dlogits, upstream,
+    rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
+    stride_batch: tl.int64, stride_token: tl.int64,
+    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    factor = tl.load(upstream)
+    # The usual upstream gradient is 1, and then nothing is read or written.
+    if factor != 1.0:
+        for token in range(tl.program_id(0), rows, tl.num_programs(0)):
+            offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
+            lead = _row_lead(offset, ALIGNED, VECTOR)
+            end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
+            row = _row(dlogits, offset, VECTOR)
+            for block in range(0, tl.cdiv(end, BLOCK)):
+                dz = _load(row, block, lead, end, ALIGNED, BLOCK) * factor
+                _store(row, block, lead, end, dz, ALIGNED, BLOCK)
+
+
+def _target_options(threads: int) -> dict[str, int]:
+    if INTERPRETED:
+        return {}
+    target = triton.runtime.driver.active.get_current_target()
+    options = {"num_warps": max(1, threads // target.warp_size)}
+    if target.backend == "cuda":
+        # Left to itself, ptxas spills a word or two to fit twice as many programs.
+        options["maxnreg"] = REGISTERS // MAX_THREADS
+    return options
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _launch(kernel, logits, dlogits, tensors, persistent=False, **flags) -> None:
+    """One program per row of `logits`, or a persistent grid of one per multiprocessor."""
+    batch, length, vocabulary = logits.shape
+    rows = batch * length
+    if rows == 0:
+        return
+    vector = VECTOR_BYTES // logits.element_size()
+    misaligned = logits.data_ptr() % VECTOR_BYTES // logits.element_size()
+    big = [logits] if dlogits is None else [logits, dlogits]
+    # The stride of a dimension of size 1 is arbitrary and never used.
+    strides = [x.stride(dim) if x.shape[dim] > 1 else 0 for x in big for dim in (0, 1)]
+    aligned = all(n % vector == 0 for n in (vocabulary, misaligned, *strides))
+    per_thread = PER_THREAD if aligned else PER_THREAD_PEELED
+    longest = vocabulary if aligned else vocabulary + vector - 1
+    block = min(triton.next_power_of_2(longest), MAX_THREADS * per_thread)
+    programs = min(rows, _multiprocessors(logits.device)) if persistent else rows
+    on_device = contextlib.nullcontext()
+    if logits.device.type == "cuda":
+        on_device = torch.cuda.device(logits.device)
+    with on_device:
+        options = _target_options(block // per_thread)
+        kernel[(programs,)](
+            *(_aligned_base(x, misaligned) for x in big), *tensors,
+            rows, length, vocabulary, misaligned, *strides,
+            ALIGNED=aligned, VECTOR=vector, BLOCK=block, **flags, **options,
+        )  # fmt: skip
+
+
+def _aligned_base(x: torch.Tensor, misaligned: int) -> torch.Tensor:
+    """A pointer to the 16-byte boundary `misaligned` elements before x; a storage starts at one."""
+    return x.as_strided((1,), (1,), x.storage_offset() - misaligned)
+
+
+def logps_forward(logits, labels, temperature, logps, lse, entropy, with_entropy):
+    """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward the logsumexp into lse."""
+    tensors = (labels, temperature, logps, lse, entropy)
+    _launch(logps_forward_kernel, logits, None, tensors, ENTROPY=with_entropy)
+
+
+def logps_backward(
+    logits, dlogits, labels, temperature, logps, lse, entropy, grad_logps, grad_entropy,
+    with_entropy,
+):  # fmt: skip
+    """Write into dlogits the gradient of logps and, with entropy, that of entropy (Eq. 8)."""
+    tensors = (labels, temperature, logps, lse, entropy, grad_logps, grad_entropy)
+    _launch(logps_backward_kernel, logits, dlogits, tensors, ENTROPY=with_entropy)
+
+
+def one_pass(
+    logits, dlogits, labels, temperature, weight, old_logps, advantages, variance_coef, center,
+    ref_logps, kl_coef, entropy_coef, log_ratio_clamp, kl_estimator, logps, entropy, with_entropy,
+):  # fmt: skip
+    """Write Eq. 1 into logps, Eq. 3 into entropy and dL/dlogits (Eq. 7, 8) into dlogits."""
+    tensors = (
+        labels, temperature, weight, old_logps, advantages, variance_coef, center, ref_logps,
+        kl_coef, entropy_coef, log_ratio_clamp, logps, entropy,
+    )  # fmt: skip
+    _launch(
+        one_pass_kernel, logits, dlogits, tensors, persistent=True,
+        ON_POLICY=old_logps is None, ENTROPY=with_entropy,
+        KL=0 if ref_logps is None else KL_ESTIMATORS[kl_estimator],
+    )  # fmt: skip
+
+
+def scale(dlogits, upstream):
+    """Multiply dlogits in place by the 0-dim upstream; with upstream 1 the launch returns at once."""
+    _launch(scale_kernel, dlogits, None, (upstream,))

@@ -1,0 +1,137 @@
+"""Two ways to set variance_coef besides by hand: the dual, and the closed form of its Fenchel dual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, check_choice, check_number, invalid
+from .objective import CENTERS, RatioStats
+
+
+class VarianceConstraint:
+    """Dual ascent on the constraint v ≤ target (Eq. 16):
+
+        coef = (coef + lr * (v - target)).clamp(min_coef, max_coef)
+
+    with v the ratio's second moment about one for center "one", its variance within groups for
+    center "group", pooled over the groups by weight.
+
+    Args:
+        target: the ratio variance to hold, at least 0 (no unit).
+        center: "one" or "group", as given to the loss.
+        coef: where λ starts.
+        lr: the step η_λ, at least 0.
+        min_coef, max_coef: the bounds of λ.
+        device: where λ lives; `step` takes it to the statistics' device if that is another.
+
+    `coef` is a 0-dim float32 tensor, changed in place: pass it as `variance_coef`. Nothing here waits
+    for the device.
+
+    Raises: ValueError for an unknown center, a negative number, or bounds that cross.
+    Source: DERIVATION.md, Eq. 16.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        *,
+        center: str = "one",
+        coef: float = 2.5,
+        lr: float = 10.0,
+        min_coef: float = 0.0,
+        max_coef: float = 100.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_choice("center", center, CENTERS)
+        check_number("target", target, 0.0)
+        check_number("lr", lr, 0.0)
+        check_number("min_coef", min_coef, 0.0)
+        check_number("max_coef", max_coef, min_coef)
+        check_number("coef", coef, min_coef, max_coef)
+        self.target, self.center, self.lr = target, center, lr
+        self.min_coef, self.max_coef = min_coef, max_coef
+        self.coef = torch.tensor(float(coef), dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def step(self, stats: RatioStats) -> None:
+        """Move λ once, from the statistics of the whole optimizer step (summed, all-reduced).
+
+        Statistics without tokens or not finite leave λ where it is.
+        """
+        if self.coef.device != stats.weight.device:
+            self.coef = self.coef.to(stats.weight.device)
+        v = stats.second_moment if self.center == "one" else stats.variance
+        total = stats.weight.sum()
+        pooled = (stats.weight * v).sum() / total
+        moved = (self.coef + self.lr * (pooled - self.target)).clamp(self.min_coef, self.max_coef)
+        self.coef.copy_(torch.where(torch.isfinite(pooled), moved, self.coef))
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ alone; the settings belong to the constructor."""
+        return {"coef": self.coef.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if set(state_dict) != {"coef"}:
+            raise invalid("state_dict", sorted(state_dict), "the one key 'coef'")
+        with torch.no_grad():
+            self.coef.copy_(state_dict["coef"])
+
+
+@torch.no_grad()
+def fenchel_coef(
+    advantages: Tensor,
+    target: float,
+    *,
+    weight: Tensor | None = None,
+    center: str = "one",
+    group_ids: Tensor | None = None,
+    num_groups: int | None = None,
+) -> Tensor:
+    """λ* of the χ² ball's Fenchel dual, in closed form (Eq. 18):
+
+        λ* = rms_w(advantages) / (2·√target)          center "one"
+        λ* = std_w(advantages in groups) / (2·√target) center "group"
+
+    In torch: `(weight * advantages**2).sum().div(weight.sum()).sqrt() / (2 * target**0.5)`.
+
+    Args:
+        advantages: any shape, s·A: already times the importance weights if there are any.
+        target: the radius v of E[(ρ - c)²] ≤ v, above 0.
+        weight: like advantages, at least 0; 0 where masked (whatever stands in advantages there).
+        center: "one", or "group" for the deviation from the weighted mean of each group.
+        group_ids, num_groups: the group of each entry, like advantages; read by center "group" alone.
+            Without them all entries are one group.
+
+    Returns: a 0-dim tensor, float32 (float64 for float64 advantages); 0 if nothing has weight.
+    Raises: ValueError or TypeError naming the argument.
+    Source: DERIVATION.md, Eq. 17 and 18.
+    """
+    check_choice("center", center, CENTERS)
+    check_number("target", target, 0.0)
+    if target == 0:
+        raise invalid("target", target, "a number above 0")
+    if not isinstance(advantages, Tensor) or advantages.is_complex():
+        raise TypeError("advantages: expected a tensor of real numbers")
+    for name, value in (("weight", weight), ("group_ids", group_ids)):
+        if value is not None and value.shape != advantages.shape:
+            raise invalid(name, value, f"shape {tuple(advantages.shape)}, that of advantages")
+    w = torch.ones_like(advantages) if weight is None else weight
+    batch = Batch.build(
+        torch.Size([advantages.numel()]),
+        advantages,
+        mask=w.reshape(-1),
+        group_ids=None if group_ids is None else group_ids.reshape(-1),
+        num_groups=num_groups,
+    )
+    x = batch.per_token("advantages", advantages.reshape(-1))
+    w = batch.token_weight * batch.per_token("weight", w.reshape(-1), minimum=0.0)
+    if center == "group":
+        total = batch.groups.sum(w)
+        mean = batch.groups.sum(w * x) / torch.where(total == 0, 1.0, total)
+        x = x - batch.groups.spread(mean)
+    total = w.sum()
+    mean_square = (w * x**2).sum() / torch.where(total == 0, 1.0, total)
+    return mean_square.sqrt() / (2.0 * target**0.5)
