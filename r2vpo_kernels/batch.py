@@ -1,4 +1,4 @@
-"""The batch's geometry: which tokens count, to which sequence and group they belong, with what weight.
+"""The batch's geometry: which tokens count, where they belong, and with what weight.
 
 `Batch.build` is where the arguments that describe it are checked, once for all entries.
 """
@@ -35,9 +35,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise invalid(name, repr(value), "one of " + ", ".join(map(repr, choices)))
 
 
-def check_number(
-    name: str, value: Any, low: float = -torch.inf, high: float = torch.inf
-) -> None:
+def check_number(name: str, value: Any, low: float = -torch.inf, high: float = torch.inf) -> None:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not (low <= value <= high and abs(value) <= FLOAT32_MAX):
@@ -136,7 +134,7 @@ class Batch:
 
     shape: torch.Size
     valid: Tensor
-    labels: Tensor | None  # int64: -1 where masked, V where out of range
+    labels: Tensor  # int64: -1 where masked, V where out of range; empty without logits
     sequences: Segments | None
     lengths: Tensor  # valid tokens of each sequence
     groups: Segments
@@ -167,36 +165,33 @@ class Batch:
                 raise invalid("mask", mask, f"a tensor of shape {tuple(shape)}")
             check_device("mask", mask, device)
             valid = (mask != 0).reshape(-1)
+        checked = torch.zeros(0, dtype=torch.int64, device=device)
         if labels is not None:
             check_integer("labels", labels)
             check_device("labels", labels, device)
             flat = labels.reshape(-1).long()
             valid = valid & (flat != ignore_index)
             in_range = (flat >= 0) & (flat < vocabulary)
-            labels = torch.where(valid, torch.where(in_range, flat, vocabulary), -1)
+            checked = torch.where(valid, torch.where(in_range, flat, vocabulary), -1)
             expected = "0 <= label < the vocabulary's size, or ignore_index"
-            labels = ops.check(labels, in_range | ~valid, flat, "labels", expected)
+            checked = ops.check(checked, in_range | ~valid, flat, "labels", expected)
 
         one = torch.ones((), dtype=dtype, device=device)
         unit, sequences = _sequences(shape, cu_seqlens, one)
-        unit, groups = _groups(
-            valid, unit, sequences, group_ids, num_groups, group_size, device
-        )
+        unit, groups = _groups(valid, unit, sequences, group_ids, num_groups, group_size, device)
         token_weight = torch.where(valid, unit, 0.0)
         check_choice("reduction", reduction, REDUCTIONS)
         lengths = token_weight[:0]
         if sequences is not None:
             lengths = sequences.sum(valid.to(dtype))
         elif reduction.startswith("seq"):
-            raise invalid(
-                "reduction", repr(reduction), "sequences: labels (B, T), or cu_seqlens"
-            )
+            raise invalid("reduction", repr(reduction), "sequences: labels (B, T), or cu_seqlens")
         denominator = _denominator(reduction, normalizer, shape, valid, lengths, one)
         if reduction == "seq-mean-token-mean":
             assert sequences is not None
             token_weight = token_weight / sequences.spread(lengths.clamp(min=1.0))
         weight = token_weight / torch.where(denominator == 0, 1.0, denominator)
-        return Batch(shape, valid, labels, sequences, lengths, groups, token_weight, weight)
+        return Batch(shape, valid, checked, sequences, lengths, groups, token_weight, weight)
 
     def per_token(
         self,
@@ -208,7 +203,7 @@ class Batch:
         number: bool = False,
         minimum: float = -torch.inf,
     ) -> Tensor:
-        """A tensor per token, or per sequence, or a number, as (N,) with `fill` at masked tokens."""
+        """A tensor per token or per sequence, or a number, as (N,), `fill` at masked tokens."""
         count = self.sequences.count if per_sequence and self.sequences is not None else None
         if not isinstance(value, Tensor):
             if not number:

@@ -1,4 +1,4 @@
-"""Two ways to set variance_coef besides by hand: the dual, and the closed form of its Fenchel dual."""
+"""Two ways to set variance_coef: the dual, and the closed form of its Fenchel dual."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class VarianceConstraint:
         min_coef, max_coef: the bounds of λ.
         device: where λ lives; `step` takes it to the statistics' device if that is another.
 
-    `coef` is a 0-dim float32 tensor, changed in place: pass it as `variance_coef`. Nothing here waits
-    for the device.
+    `coef` is a 0-dim float32 tensor, changed in place: pass it as `variance_coef`. Nothing here
+    waits for the device.
 
     Raises: ValueError for an unknown center, a negative number, or bounds that cross.
     Source: DERIVATION.md, Eq. 16.
@@ -102,8 +102,8 @@ def fenchel_coef(
         target: the radius v of E[(ρ - c)²] ≤ v, above 0.
         weight: like advantages, at least 0; 0 where masked (whatever stands in advantages there).
         center: "one", or "group" for the deviation from the weighted mean of each group.
-        group_ids, num_groups: the group of each entry, like advantages; read by center "group" alone.
-            Without them all entries are one group.
+        group_ids, num_groups: the group of each entry, like advantages; read by center "group"
+            alone. Without them all entries are one group.
 
     Returns: a 0-dim tensor, float32 (float64 for float64 advantages); 0 if nothing has weight.
     Raises: ValueError or TypeError naming the argument.

@@ -59,8 +59,8 @@ def r2vpo_loss(
             vocabulary is contiguous, the rest may be a view. `logits[:, t]` scores `labels[:, t]`:
             there is no shift inside.
         labels: (B, T) or (N,), any integer dtype.
-        old_logps: like labels, nats, log-probs of the labels when they were sampled. None: on-policy,
-            ρ = 1 with the gradient of ρ.
+        old_logps: like labels, nats, log-probs of the labels when they were sampled. None:
+            on-policy, ρ = 1 with the gradient of ρ.
         advantages: per sequence or per token.
         variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token.
         center: c: "one"; "group", the weighted mean of ρ in each group; or a float tensor of given
@@ -95,8 +95,8 @@ def r2vpo_loss(
         number of times); everything else is constant and detached.
 
     Raises: ValueError, or TypeError for a wrong type, naming the argument, what came and what was
-        expected. On a GPU bad values in a tensor (a label outside the vocabulary, λ < 0) make the loss
-        NaN instead, or raise with R2VPO_KERNELS_VALIDATE=1 at the price of a sync.
+        expected. On a GPU bad values in a tensor (a label outside the vocabulary, λ < 0) make the
+        loss NaN instead, or raise with R2VPO_KERNELS_VALIDATE=1 at the price of a sync.
 
     Source: DERIVATION.md, Eq. 1 to 11.
     """
@@ -248,15 +248,19 @@ def token_logps(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of the labels (Eq. 1) and, on request, entropies (Eq. 3), both differentiable.
 
-    In torch: `torch.log_softmax(logits.float() / temperature, -1).gather(-1, labels[..., None])[..., 0]`.
+    In torch:
+
+        log_p = torch.log_softmax(logits.float() / temperature, -1)
+        logps = log_p.gather(-1, labels[..., None])[..., 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
 
     Args:
         logits, labels, mask, ignore_index, backend: as for `r2vpo_loss`.
         temperature: a number, or per sequence (labels (B, T)) or per token, ≥ 1e-6.
         return_entropy: return (logps, entropy).
 
-    Returns: logps, or (logps, entropy): like labels, nats, float32 (float64 for float64 logits), 0 where
-        masked. Without grad the logits are read once.
+    Returns: logps, or (logps, entropy): like labels, nats, float32 (float64 for float64 logits), 0
+        where masked. Without grad the logits are read once.
 
     Raises: as `r2vpo_loss`.
 
@@ -303,5 +307,6 @@ def _check_logits(logits: Tensor, labels: Tensor) -> Tensor:
 def _check_inplace(logits: Tensor) -> None:
     if logits.is_leaf and logits.requires_grad:
         raise invalid("inplace", True, "False for logits that are a leaf, whose values must stay")
-    if any(n > 1 and step < logits.shape[-1] for n, step in zip(logits.shape[:2], logits.stride()[:2])):
+    width = logits.shape[-1]
+    if any(logits.shape[dim] > 1 and logits.stride(dim) < width for dim in (0, 1)):
         raise invalid("inplace", True, "False for logits whose rows share memory")

@@ -25,7 +25,7 @@ MIN_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class Objective:
-    """What Eq. 5 needs besides the log-probs; what is per token is (N,), numbers are 0-dim tensors."""
+    """What Eq. 5 needs besides log-probs: (N,) what is per token, 0-dim tensors the numbers."""
 
     advantages: Tensor  # s·A
     old_logps: Tensor | None  # None: on-policy
@@ -84,9 +84,7 @@ class Objective:
         return Objective(
             advantages=s_a,
             old_logps=per_token_only("old_logps", old_logps),
-            variance_coef=batch.per_token(
-                "variance_coef", variance_coef, number=True, minimum=0.0
-            ),
+            variance_coef=batch.per_token("variance_coef", variance_coef, number=True, minimum=0.0),
             center=_center(batch, center),
             ratio_level=ratio_level,
             ref_logps=per_token_only("ref_logps", ref_logps),
@@ -111,9 +109,16 @@ def _center(batch: Batch, center: str | Tensor) -> Tensor | None:
         return torch.zeros_like(batch.weight) if center == "one" else None
     check_device("center", center, batch.weight.device)
     if center.shape != (batch.groups.count,) or not center.is_floating_point():
-        raise invalid("center", center, f"a float tensor of means, one per group: ({batch.groups.count},)")
+        raise invalid(
+            "center", center, f"a float tensor of means, one per group: ({batch.groups.count},)"
+        )
     means = center.detach().to(batch.weight.dtype)
     return torch.where(batch.valid, batch.groups.spread(means - 1.0), 0.0)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum, accumulated in float64."""
+    return x.sum(dtype=torch.float64).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,8 @@ class RatioStats:
         dist.all_reduce(fields, group=group)
         return RatioStats(*fields.unbind())
 
-    def _per_weight(self, total: Tensor) -> Tensor:
-        return total / torch.where(self.weight == 0, 1.0, self.weight)
+    def _per_weight(self, moment: Tensor) -> Tensor:
+        return moment / torch.where(self.weight == 0, 1.0, self.weight)
 
     @property
     def mean(self) -> Tensor:
@@ -169,7 +174,9 @@ class RatioStats:
     def ess(self) -> Tensor:
         """The effective sample fraction mean² / (mean² + variance)."""
         square = self.mean**2
-        return square / (square + self.variance)
+        both = square + self.variance
+        # All ratios vanishing alike is no spread.
+        return torch.where(both == 0, 1.0, square / both)
 
 
 @dataclass(frozen=True)
@@ -192,15 +199,15 @@ class R2VPOOutput:
         """0-dim tensors on the device, without a host sync; means are over the valid tokens.
 
         ratio/mean, ratio/var, ratio/min, ratio/max, ratio/ess (1, 0, 1, 1, 1 without tokens);
-        ratio/clamped, the share of tokens whose log-ratio was clamped; kl/old, the mean of ρ-1-log ρ,
-        the k3 estimate of KL(old ‖ new); kl/ref, if ref_logps were given; entropy, if it was
+        ratio/clamped, the share of tokens whose log-ratio was clamped; kl/old, the mean of ρ-1-log
+        ρ, the k3 estimate of KL(old ‖ new); kl/ref, if ref_logps were given; entropy, if it was
         computed; loss/policy and loss/penalty, the weighted sums that the loss is made of.
         """
         terms, valid, weight = self._terms, self._batch.valid, self._batch.weight
         count = valid.sum().clamp(min=1)
 
         def mean(x: Tensor) -> Tensor:
-            return (torch.where(valid, x, 0.0).sum(dtype=torch.float64) / count).to(weight.dtype)
+            return total(torch.where(valid, x, 0.0)) / count
 
         d = terms.ratio_minus_one
         # With a neutral 0 at masked tokens and at the end, the extremes of no tokens are 1.
@@ -215,8 +222,8 @@ class R2VPOOutput:
             "ratio/ess": stats.ess,
             "ratio/clamped": mean(terms.clamped.to(weight.dtype)),
             "kl/old": mean(d - terms.log_ratio),
-            "loss/policy": (weight * terms.policy).sum(),
-            "loss/penalty": (weight * terms.penalty).sum(),
+            "loss/policy": total(weight * terms.policy),
+            "loss/penalty": total(weight * terms.penalty),
         }
         if terms.kl is not None:
             result["kl/ref"] = mean(terms.kl)
@@ -230,15 +237,10 @@ def evaluate(
 ) -> R2VPOOutput:
     """The loss of flat log-probs (N,), differentiable in them and in `entropy`."""
     terms = token_terms(logps, entropy, batch, objective)
-    if reduction == "none":
-        loss = terms.loss.reshape(batch.shape)
-    else:
-        loss = terms.loss.sum(dtype=torch.float64).to(terms.loss.dtype)
-    terms = TokenTerms(*(None if term is None else term.detach() for term in terms))
+    loss = terms.loss.reshape(batch.shape) if reduction == "none" else total(terms.loss)
+    terms = terms.detach()
     d, weight = terms.ratio_minus_one, batch.token_weight
     stats = RatioStats(*(batch.groups.sum(x) for x in (weight, weight * d, weight * d**2)))
     if entropy is not None:
         entropy = entropy.detach().reshape(batch.shape)
-    return R2VPOOutput(
-        loss, logps.detach().reshape(batch.shape), entropy, stats, terms, batch
-    )
+    return R2VPOOutput(loss, logps.detach().reshape(batch.shape), entropy, stats, terms, batch)

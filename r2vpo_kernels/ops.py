@@ -1,7 +1,7 @@
-"""Registered ops over logits and the autograd Functions around them; the only place that knows backends.
+"""Registered ops over logits, the autograd Functions around them, and the choice of backend.
 
-The ops are opaque to torch.compile and carry no autograd of their own: `token_logps` and `one_pass` below
-are what the rest of the package calls.
+The ops are opaque to torch.compile and carry no autograd of their own: `token_logps` and `one_pass`
+below are what the rest of the package calls.
 """
 
 from __future__ import annotations
@@ -59,11 +59,13 @@ def check(value: Tensor, ok: Tensor, shown: Tensor, name: str, expected: str) ->
     On a CPU it raises; on a GPU, where to look would wait for the device, a float value becomes NaN
     where it is not ok, unless R2VPO_KERNELS_VALIDATE=1 asks for the error.
     """
-    if not value.is_cuda or os.environ.get("R2VPO_KERNELS_VALIDATE") == "1":
-        if not ok.all():
-            at = (~ok).reshape(-1).nonzero()[0].item() if ok.dim() else None
-            got = shown.tolist() if at is None else f"{shown.reshape(-1)[at].item()} at {at}"
-            raise ValueError(f"{name}: got {got}, expected {expected}")
+    looks = not value.is_cuda or os.environ.get("R2VPO_KERNELS_VALIDATE") == "1"
+    if looks and not ok.all():
+        got = str(shown.tolist())
+        if ok.dim():
+            at = int((~ok).reshape(-1).nonzero()[0])
+            got = f"{shown.reshape(-1)[at].item()} at {at}"
+        raise ValueError(f"{name}: got {got}, expected {expected}")
     if not value.is_floating_point():
         return value.clone()
     return torch.where(ok, value, torch.nan)
@@ -71,7 +73,9 @@ def check(value: Tensor, ok: Tensor, shown: Tensor, name: str, expected: str) ->
 
 @check.register_fake
 def _(value, ok, shown, name, expected):
-    shape = torch.broadcast_shapes(value.shape, ok.shape) if value.is_floating_point() else value.shape
+    shape = (
+        torch.broadcast_shapes(value.shape, ok.shape) if value.is_floating_point() else value.shape
+    )
     return value.new_empty(shape)
 
 
@@ -100,9 +104,9 @@ def _empty_outputs(logits: Tensor, count: int, with_entropy: bool) -> tuple[Tens
     return tuple(logits.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
-# The ops. What is per token is (N,) float32, labels are int64 with -1 where a row is not to be read and
-# V where the label was bad. `entropy` is empty where it is not wanted. A name that ends in _ writes
-# the gradient over the logits.
+# The ops. What is per token is (N,) float32, labels are int64 with -1 where a row is not to be read
+# and V where the label was bad. `entropy` is empty where it is not wanted. A name that ends in _
+# writes the gradient over the logits.
 
 _FORWARD = "Tensor labels, Tensor temperature, bool with_entropy, str backend"
 _BACKWARD = """Tensor labels, Tensor temperature, Tensor logps, Tensor lse, Tensor entropy,
@@ -112,8 +116,7 @@ _ONE_PASS = """Tensor labels, Tensor temperature, Tensor weight, Tensor? old_log
     Tensor entropy_coef, Tensor log_ratio_clamp, str kl_estimator, bool with_entropy, str backend"""
 
 
-def _op(name: str, schema: str, mutates: str = "unknown"):
-    mutates_args = () if mutates == "unknown" else (mutates,)
+def _op(name: str, schema: str, mutates_args: tuple[str, ...] = ()):
     return torch.library.custom_op(
         f"r2vpo_kernels::{name}", mutates_args=mutates_args, schema=" ".join(schema.split())
     )
@@ -145,7 +148,7 @@ def _(logits, *rest):
     return _empty_gradient(logits)
 
 
-@_op("logps_backward_", f"(Tensor(a!) logits, {_BACKWARD}) -> ()", "logits")
+@_op("logps_backward_", f"(Tensor(a!) logits, {_BACKWARD}) -> ()", ("logits",))
 def logps_backward_(logits, *rest):
     *tensors, backend = rest
     _KERNELS[backend].logps_backward(logits, logits, *tensors)
@@ -166,7 +169,7 @@ def _(logits, *rest):
     return *_empty_outputs(logits, 1, rest[-2]), _empty_gradient(logits)
 
 
-@_op("one_pass_", f"(Tensor(a!) logits, {_ONE_PASS}) -> (Tensor, Tensor)", "logits")
+@_op("one_pass_", f"(Tensor(a!) logits, {_ONE_PASS}) -> (Tensor, Tensor)", ("logits",))
 def one_pass_op_(logits, *rest):
     *tensors, with_entropy, backend = rest
     outputs = _empty_outputs(logits, 1, with_entropy)
@@ -179,7 +182,7 @@ def _(logits, *rest):
     return _empty_outputs(logits, 1, rest[-2])
 
 
-@_op("scale_", "(Tensor(a!) dlogits, Tensor upstream, str backend) -> ()", "dlogits")
+@_op("scale_", "(Tensor(a!) dlogits, Tensor upstream, str backend) -> ()", ("dlogits",))
 def scale_(dlogits, upstream, backend):
     _KERNELS[backend].scale(dlogits, upstream)
 
@@ -255,9 +258,7 @@ def token_logps(
     """Eq. 1 and Eq. 3, differentiable: (logps, entropy or None), each (N,)."""
     if backend == "eager":
         return reference.token_logps(logits, labels, temperature, with_entropy)
-    logps, entropy = _TokenLogps.apply(
-        logits, labels, temperature, with_entropy, inplace, backend
-    )
+    logps, entropy = _TokenLogps.apply(logits, labels, temperature, with_entropy, inplace, backend)
     return logps, entropy if with_entropy else None
 
 

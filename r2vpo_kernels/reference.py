@@ -1,7 +1,7 @@
 """The specification: each equation of the loss once, in eager torch, for any float dtype.
 
-This is what every kernel is held to (in float64), and what runs where no kernel does. Everything per
-token is flat, (N,); `batch` and `objective` have been checked where they were built.
+This is what every kernel is held to (in float64), and what runs where no kernel does. Everything
+per token is flat, (N,); `batch` and `objective` have been checked where they were built.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ class TokenTerms(NamedTuple):
     penalty: Tensor
     kl: Tensor | None
     loss: Tensor
+
+    def detach(self) -> TokenTerms:
+        return TokenTerms._make(None if x is None else x.detach() for x in self)
 
 
 def token_terms(

@@ -1,21 +1,21 @@
 """Triton kernels over logits: log-probs forward, log-probs backward, one-pass, scaling.
 
 Equations are those of DERIVATION.md. A row of logits is z ∈ R^V and x = z / temperature; inside the
-kernels exponents are in base 2, as the hardware's exponential is. The launchers at the end take checked
-tensors: `logits` (B, T, V) with a contiguous vocabulary, whatever is per token flat and contiguous
-(B·T,) float32, and `labels` int64 with -1 where a row must not be read and V where a label was bad.
-`dlogits` has the shape of `logits` and rows at the same place within 16 bytes; it may be `logits`.
+kernels exponents are in base 2, as the hardware's exponential is. The launchers at the end take
+checked tensors: `logits` (B, T, V) with a contiguous vocabulary, whatever is per token flat and
+contiguous (B·T,) float32, and `labels` int64 with -1 where a row must not be read and V where a
+label was bad. `dlogits` has the shape of `logits` and rows at the same place within 16 bytes; it
+may be `logits`.
 """
-
-import contextlib
 
 import torch
 import triton
 import triton.language as tl
 
-# Columns per thread and step, and threads per program: two 16-byte loads of bfloat16 in flight, and in
-# rows that are peeled, which need the registers for their edges, one. The step depends on V and on the
-# alignment alone: a row is summed in the same order in every batch. Not yet tuned on hardware.
+# Columns per thread and step, and threads per program: two 16-byte loads of bfloat16 in flight, and
+# in rows that are peeled, which need the registers for their edges, one. The step depends on V and
+# on the alignment alone: a row is summed in the same order in every batch. Not yet tuned on
+# hardware.
 PER_THREAD = 16
 PER_THREAD_PEELED = 8
 MAX_THREADS = 512
@@ -49,8 +49,9 @@ def _difference(a, b):
 
 @triton.jit
 def _expm1(x):
-    # libdevice's expm1 is missing in the interpreter. Near 0 the Taylor series to x^10, whose remainder
-    # at 0.5 is under 3e-11 of the value; elsewhere exp - 1, where exp's error grows 2.6-fold at most.
+    # libdevice's expm1 is missing in the interpreter. Near 0 the Taylor series to x^10, whose
+    # remainder at 0.5 is under 3e-11 of the value; elsewhere exp - 1, where exp's error grows
+    # 2.6-fold at most.
     series = 1.0 + x * (1.0 / 10.0)
     series = 1.0 + x * (1.0 / 9.0) * series
     series = 1.0 + x * (1.0 / 8.0) * series
@@ -63,9 +64,10 @@ def _expm1(x):
     return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
 
 
-# A row is walked in blocks from its last 16-byte boundary at or before its first element, which lies
-# `lead` further on; `end` is one past its last element. ALIGNED says that lead is 0 and V a whole number
-# of 16-byte words in every row. Divisions that look idle tell the compiler what is a whole number of them.
+# A row is walked in blocks from its last 16-byte boundary at or before its first element, which
+# lies `lead` further on; `end` is one past its last element. ALIGNED says that lead is 0 and V a
+# whole number of 16-byte words in every row. Divisions that look idle tell the compiler what is a
+# whole number of them.
 
 
 @triton.jit
@@ -132,7 +134,7 @@ def _first_look(
     Each lane keeps m = max x, s = Σ 2^(x-m) and r = Σ 2^(x-m)·(x-m) over its columns (Eq. 14): one
     exponential per element, and threads meet only once per row.
     """
-    scale = LOG2_E / temperature
+    scale = tl.div_rn(LOG2_E, temperature)
     # The lowest finite number in place of -inf: a block of -inf then meets no inf - inf.
     m = tl.full([BLOCK], LOWEST, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -146,14 +148,13 @@ def _first_look(
             # decay = 0 stands for a factor whose product with an infinite gap is 0.
             kept = tl.where(rises, (r - gap * s) * decay, r + gap * decay)
             r = tl.where(decay == 0, tl.where(rises, 0.0, r), kept)
-        s = s * tl.where(rises, decay, 1.0) + tl.where(rises, 1.0, decay)
+        s = tl.fma(s, tl.where(rises, decay, 1.0), tl.where(rises, 1.0, decay))
         m = _nan_maximum(m, x)
     top = tl.reduce(m, 0, _nan_maximum)
     gap = m - top
     decay = tl.exp2(gap)
     total = tl.sum(s * decay, 0)
-    # top - top is 0, and NaN for a logit of +inf, whose softmax has no value.
-    log_total = tl.log2(total) + (top - top)
+    log_total = tl.log2(total)
     # A bad label reads nothing and makes logp NaN.
     z_label = tl.load(row + lead + label, mask=label < end - lead, other=float("nan"))
     logp = ((z_label.to(tl.float32) * scale - top) - log_total) * LN_2
@@ -171,9 +172,10 @@ def _second_look(
 ):  # fmt: skip
     """Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
 
-    It walks from the last block to the first, because what the first look read last is still in cache.
+    It walks from the last block to the first, because what the first look read last is still in
+    cache.
     """
-    scale = LOG2_E / temperature
+    scale = tl.div_rn(LOG2_E, temperature)
     dlogp = dlogp / temperature
     dentropy = dentropy / temperature
     # -expm1(logp) is 1 - p without cancellation at p = 1.
@@ -185,7 +187,7 @@ def _second_look(
     blocks = tl.cdiv(end, BLOCK)
     for step in range(0, blocks):
         block = blocks - 1 - step
-        log2_p = _load(row, block, lead, end, ALIGNED, BLOCK) * scale - lse
+        log2_p = tl.fma(_load(row, block, lead, end, ALIGNED, BLOCK), scale, -lse)
         p = tl.exp2(log2_p)
         dz = -p * dlogp
         if ENTROPY:
@@ -217,8 +219,8 @@ def _dlogp(
     return weight * slope
 
 
-# Nothing that varies between steps is specialised on; what the compiler may assume of alignment is in
-# the flag ALIGNED, which the host derives from pointers, strides and V.
+# Nothing that varies between steps is specialised on; what the compiler may assume of alignment is
+# in the flag ALIGNED, which the host derives from pointers, strides and V.
 _VARYING = ["rows", "length", "vocabulary", "misaligned"]
 _VARYING += ["stride_batch", "stride_token", "grad_stride_batch", "grad_stride_token"]
 _kernel = triton.jit(do_not_specialize=_VARYING)
@@ -263,9 +265,7 @@ def logps_backward_kernel(
         offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
         lead = _row_lead(offset, ALIGNED, VECTOR)
         end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
-        grad_offset = misaligned + _row_offset(
-            token, length, grad_stride_batch, grad_stride_token
-        )
+        grad_offset = misaligned + _row_offset(token, length, grad_stride_batch, grad_stride_token)
         grad_row = _row(dlogits, grad_offset, VECTOR)
         if label >= 0:
             entropy_t = 0.0
@@ -297,9 +297,7 @@ def one_pass_kernel(
         offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
         lead = _row_lead(offset, ALIGNED, VECTOR)
         end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
-        grad_offset = misaligned + _row_offset(
-            token, length, grad_stride_batch, grad_stride_token
-        )
+        grad_offset = misaligned + _row_offset(token, length, grad_stride_batch, grad_stride_token)
         grad_row = _row(dlogits, grad_offset, VECTOR)
         logp = 0.0
         entropy_t = 0.0
@@ -349,11 +347,14 @@ def scale_kernel(
                 _store(row, block, lead, end, dz, ALIGNED, BLOCK)
 
 
-def _target_options(threads: int) -> dict[str, int]:
+def _target_options(threads: int) -> dict[str, int | bool]:
     if INTERPRETED:
         return {}
     target = triton.runtime.driver.active.get_current_target()
-    options = {"num_warps": max(1, threads // target.warp_size)}
+    # Products are contracted where the code says fma and nowhere else, so that two kernels that
+    # share a helper give the same bits: log-probs recorded by one make the other's log-ratio
+    # exactly 0.
+    options = {"num_warps": max(1, threads // target.warp_size), "enable_fp_fusion": False}
     if target.backend == "cuda":
         # Left to itself, ptxas spills a word or two to fit twice as many programs.
         options["maxnreg"] = REGISTERS // MAX_THREADS
@@ -382,10 +383,7 @@ def _launch(kernel, logits, dlogits, tensors, persistent=False, **flags) -> None
     longest = vocabulary if aligned else vocabulary + vector - 1
     block = min(triton.next_power_of_2(longest), MAX_THREADS * per_thread)
     programs = min(rows, _multiprocessors(logits.device)) if persistent else rows
-    on_device = contextlib.nullcontext()
-    if logits.device.type == "cuda":
-        on_device = torch.cuda.device(logits.device)
-    with on_device:
+    with torch.cuda.device_of(logits):
         options = _target_options(block // per_thread)
         kernel[(programs,)](
             *(_aligned_base(x, misaligned) for x in big), *tensors,
@@ -431,5 +429,5 @@ def one_pass(
 
 
 def scale(dlogits, upstream):
-    """Multiply dlogits in place by the 0-dim upstream; with upstream 1 the launch returns at once."""
+    """Multiply dlogits in place by the 0-dim upstream; 1 reads and writes nothing."""
     _launch(scale_kernel, dlogits, None, (upstream,))

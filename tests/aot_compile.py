@@ -1,0 +1,147 @@
+"""Compile what the launchers launch, for a GPU that is not there, and report what came out as JSON.
+
+    python tests/aot_compile.py cuda 90 32
+
+The launchers run unchanged on CPU tensors under a driver that names the target and launches
+nothing. Not in the tests' own process, where Triton interprets.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from r2vpo_kernels.backends import triton_kernels
+
+
+class NoDevice:
+    """Answers what a compilation asks of a driver."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def resources(kernel, target) -> dict:
+    """Registers, spills, shared memory, and the width in bytes of each access to global memory."""
+    if target.backend == "cuda":
+        tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+
+            def run(tool, *arguments):
+                command = [os.path.join(tools, tool), *arguments, file.name]
+                return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+            usage = run("cuobjdump", "--dump-resource-usage")
+            assembly = run("nvdisasm", "-c")
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
+        spills += sum(int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+        widths = []
+        for kind, suffix in re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*)", assembly):
+            named = re.search(r"\.(?:U|S)?(8|16|64|128)\b", suffix)
+            widths.append([kind == "STG", int(named[1]) // 8 if named else 4])
+        maxima = re.findall(r"\b(?:max|min)\S*\.f32", kernel.asm["ptx"])
+        loses_nan = [m for m in maxima if ".NaN" not in m]
+    else:
+        assembly = kernel.asm["amdgcn"]
+        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # noqa: E731
+        registers = number("vgpr_count")
+        spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
+        sizes = {"byte": 1, "ubyte": 1, "short": 2, "ushort": 2, "dword": 4}
+        sizes |= {f"dwordx{n}": 4 * n for n in (2, 3, 4)}
+        pattern = r"\b(?:global|buffer|flat)_(load|store)_([a-z0-9]+)"
+        found = re.findall(pattern, assembly)
+        widths = [[kind == "store", sizes[name]] for kind, name in found]
+        loses_nan = []
+    return {
+        "kernel": kernel.name,
+        "registers": registers,
+        "spills": spills,
+        "shared": kernel.metadata.shared,
+        "threads": kernel.metadata.num_warps * target.warp_size,
+        "loads": sorted(width for store, width in widths if not store),
+        "stores": sorted(width for store, width in widths if store),
+        "loses_nan": loses_nan,
+    }
+
+
+def call_everything(shape, dtype, entropy, kl_estimator="k3"):
+    batch, length, _ = shape
+    # meta tensors have no pointers; these take address space alone.
+    logits = torch.empty(shape, dtype=dtype)
+    dlogits = torch.empty(shape, dtype=dtype)
+    labels = torch.zeros(batch * length, dtype=torch.int64)
+    token = torch.zeros(batch * length)
+    number = torch.zeros(())
+    triton_kernels.logps_forward(logits, labels, token, token, token, token, entropy)
+    triton_kernels.logps_backward(
+        logits, dlogits, labels, token, token, token, token, token, token, entropy
+    )
+    triton_kernels.one_pass(
+        logits, dlogits, labels, token, token, token, token, token, token, token,
+        number, number, number, kl_estimator, token, token, entropy,
+    )  # fmt: skip
+    triton_kernels.scale(dlogits, number)
+
+
+def main():
+    backend, arch, warp_size = sys.argv[1:]
+    target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
+    driver.set_active(NoDevice(target))
+    triton_kernels._multiprocessors = lambda device: 132
+    compiled = {}
+    original = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **keywords):
+        kernel = original(self, *arguments, grid=grid, warmup=True, **keywords)
+        compiled[kernel.hash] = kernel
+
+    JITFunction.run = compile_only
+    report = []
+    for dtype in (torch.bfloat16, torch.float32):
+        # Whole 16-byte words in every row, and rows that must be peeled.
+        for vocabulary in (151936, 50257):
+            for entropy in (False, True):
+                compiled.clear()
+                call_everything((1, 2, vocabulary), dtype, entropy)
+                variants = len(compiled)
+                # Nothing that varies between steps compiles anything again.
+                for batch, length in ((1, 1), (2, 16), (3, 5), (16, 16)):
+                    call_everything((batch, length, vocabulary), dtype, entropy)
+                recompiled = len(compiled) - variants
+                for kernel in compiled.values():
+                    report.append(
+                        resources(kernel, target)
+                        | {
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "vocabulary": vocabulary,
+                            "entropy": entropy,
+                            "recompiled": recompiled,
+                        }
+                    )
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

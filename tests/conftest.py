@@ -1,0 +1,61 @@
+"""One device per run: the CPU, where Triton kernels run in its interpreter, or a GPU.
+
+R2VPO_TEST_DEVICE=cuda runs the same tests on a GPU, with compiled kernels.
+"""
+
+import os
+
+DEVICE_NAME = os.environ.get("R2VPO_TEST_DEVICE", "cpu")
+if DEVICE_NAME == "cpu":
+    # Before Triton is imported: the interpreter and the compiler do not mix in one process.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from r2vpo_kernels.backends import triton_kernels  # noqa: E402
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _several_blocks_per_row():
+    """Small blocks, so that small vocabularies are read in several."""
+    if DEVICE_NAME == "cpu":
+        triton_kernels.MAX_THREADS = 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poison():
+    """torch.empty comes filled with NaN, and an op that is not deterministic raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.zeros(1).new_empty(3).isnan().all()
+
+
+@pytest.fixture(scope="session", params=["eager", "triton"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device(DEVICE_NAME)
+
+
+def pytest_terminal_summary(terminalreporter):
+    from harness import USED
+
+    if USED:
+        terminalreporter.section("worst error / budget")
+        for (backend, dtype, name), share in sorted(USED.items()):
+            terminalreporter.write_line(f"{backend:8} {dtype:10} {name:16} {share:.3f}")

@@ -1,0 +1,259 @@
+"""The registered ops: opcheck, torch.compile with fullgraph, recompilations, backward."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from r2vpo_kernels import VarianceConstraint, ops, r2vpo_loss, r2vpo_loss_from_logps, token_logps
+
+V = 40
+
+
+def tensors(device, batch=3, length=4, dtype=torch.float32):
+    torch.manual_seed(batch * length)
+    logits = torch.randn(batch, length, V, device=device).to(dtype)
+    labels = torch.randint(0, V, (batch, length), device=device)
+    labels[0, 0] = -100
+    return (
+        logits,
+        labels,
+        torch.full_like(labels, -3.0, dtype=torch.float32),
+        logits[:, 0, 0].float(),
+    )
+
+
+def op_arguments(device, dtype=torch.bfloat16, with_entropy=True):
+    logits, labels, old_logps, _ = tensors(device, dtype=dtype)
+    labels = torch.where(labels == -100, -1, labels).reshape(-1)
+    n = labels.numel()
+    vector = torch.rand(n, device=device) + 0.5
+    number = torch.tensor(0.3, device=device)
+    entropy = vector if with_entropy else vector[:0]
+    forward = (labels, vector, with_entropy, "triton")
+    backward = (
+        labels, vector, -vector, vector, entropy, vector, entropy, with_entropy, "triton"
+    )  # fmt: skip
+    one_pass = (
+        labels, vector, vector, old_logps.reshape(-1), vector, vector, vector, None, number,
+        number, number + 10, "k3", with_entropy, "triton",
+    )  # fmt: skip
+    return logits, {
+        "check": (vector, vector > 0, vector, "x", "more"),
+        "logps_forward": (logits, *forward),
+        "logps_backward": (logits, *backward),
+        "logps_backward_": (logits.clone(), *backward),
+        "one_pass": (logits, *one_pass),
+        "one_pass_": (logits.clone(), *one_pass),
+        "scale_": (logits.clone(), number, "triton"),
+    }
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "check",
+        "logps_forward",
+        "logps_backward",
+        "logps_backward_",
+        "one_pass",
+        "one_pass_",
+        "scale_",
+    ],
+)
+def test_opcheck(device, name, with_entropy):
+    # opcheck compares outputs by allclose, which a buffer poisoned with NaN is not.
+    _, arguments = op_arguments(device, torch.float32, with_entropy)
+    op = getattr(torch.ops.r2vpo_kernels, name).default
+    torch.library.opcheck(op, arguments[name])
+
+
+def test_the_empty_gradient_lies_as_its_logits_do():
+    """Rows at the same place within 16 bytes, for every view; contiguous for contiguous logits."""
+    for dtype in (torch.bfloat16, torch.float32):
+        word = 16 // dtype.itemsize
+        for vocabulary in (1, 7, 16, 33):
+            base = torch.zeros(4, 6, vocabulary, dtype=dtype)
+            views = [base, base[:, :-1], base[:, 1:], base[1:], base[::2], base.transpose(0, 1)]
+            views += [base[:1].expand(4, 6, vocabulary), base[:1], base[:, :1]]
+            for logits in views:
+                gradient = ops._empty_gradient(logits)
+                assert gradient.shape == logits.shape
+                for b in range(logits.shape[0]):
+                    for t in range(logits.shape[1]):
+                        ours, theirs = gradient[b, t], logits[b, t]
+                        assert (ours.storage_offset() - theirs.storage_offset()) % word == 0
+                # No two elements share memory.
+                gradient.copy_(torch.arange(gradient.numel()).reshape(gradient.shape) % 97)
+                assert (gradient.reshape(-1).float() == torch.arange(logits.numel()) % 97).all()
+            assert ops._empty_gradient(base).is_contiguous()
+
+
+COMPILER = "inductor" if shutil.which("g++") else "aot_eager"
+ROUTES = {
+    "one pass": {},
+    "in place": {"inplace": True},
+    "entropy and KL": {"entropy_coef": 0.1, "kl_coef": 0.1},
+    "group": {"center": "group", "group_size": 1},
+    "sequence": {"ratio_level": "sequence", "reduction": "seq-mean-token-mean"},
+    "none": {"reduction": "none"},
+}
+
+
+def routes():
+    """Every route under aot_eager, and one of each kind under the default compiler."""
+    for backend in ("eager", "triton"):
+        for name in ROUTES:
+            yield pytest.param(backend, name, "aot_eager", id=f"{backend}-{name}")
+    for backend, name in (("eager", "group"), ("triton", "one pass")):
+        yield pytest.param(backend, name, COMPILER, id=f"{backend}-{name}-{COMPILER}")
+
+
+@pytest.mark.parametrize("backend, name, compiler", list(routes()))
+def test_fullgraph_with_at_most_one_extra_compilation(device, backend, name, compiler):
+    """Shapes, λ and temperature change between calls; all results stay those of eager mode."""
+    keywords = ROUTES[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(compiler)
+
+    def call(logits, labels, old_logps, advantages, coef, temperature):
+        out = r2vpo_loss(
+            logits * 1, labels, old_logps, advantages, variance_coef=coef,
+            temperature=temperature, ref_logps=old_logps - 0.1, backend=backend, **keywords,
+        )  # fmt: skip
+        return out.loss, out.stats, out.metrics()
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    counts = []
+    for batch, length, coef, temperature in ((3, 4, 2.5, 1.0), (4, 5, 0.5, 0.7), (5, 7, 1.5, 1.3)):
+        results = []
+        for function in (compiled, call):
+            logits, *rest = tensors(device, batch, length)
+            leaf = logits.requires_grad_()
+            loss, stats, metrics = function(leaf, *rest, coef, temperature)
+            (loss.sum() * 1.5).backward()
+            results.append((loss, stats, metrics, leaf.grad))
+        counts.append(counter.frame_count)
+        (loss, stats, metrics, gradient), (loss_, stats_, metrics_, gradient_) = results
+        # Inductor may sum in another order and contract products.
+        close = {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(loss, loss_, **close)
+        torch.testing.assert_close(gradient, gradient_, **close)
+        torch.testing.assert_close(stats.variance, stats_.variance, **close)
+        assert metrics.keys() == metrics_.keys()
+        for key in metrics:
+            torch.testing.assert_close(metrics[key], metrics_[key], **close)
+    assert counts[0] == 1 and counts[-1] <= 2, counts
+
+
+def test_the_other_entries_compile_too(device):
+    logits, labels, old_logps, advantages = tensors(device)
+
+    def both(logits):
+        logps, entropy = token_logps(
+            logits, labels, ignore_index=-100, return_entropy=True, backend="triton"
+        )
+        return r2vpo_loss_from_logps(
+            logps, old_logps, advantages, mask=labels != -100, entropy=entropy, entropy_coef=0.1,
+            center="group",
+        ).loss  # fmt: skip
+
+    gradients = []
+    for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        leaf = logits.clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
+
+
+def test_a_constraint_compiles_into_the_step(device):
+    logits, labels, old_logps, advantages = tensors(device)
+    constraint = VarianceConstraint(0.01, device=device)
+
+    def step(coef):
+        out = r2vpo_loss(logits, labels, old_logps, advantages, variance_coef=coef)
+        return out.loss, out.stats
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        loss, stats = compiled(constraint.coef)
+        expected, _ = step(constraint.coef)
+        torch.testing.assert_close(loss, expected)
+        constraint.step(stats)
+
+
+def test_a_bad_label_raises_under_fullgraph_too(device, backend):
+    if device.type != "cpu":
+        pytest.skip("on a GPU a bad label gives NaN instead")
+    logits, labels, old_logps, advantages = tensors(device)
+
+    def call(labels):
+        return r2vpo_loss(logits, labels, old_logps, advantages, backend=backend).loss
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled(labels)
+    labels[1, 1] = V
+    with pytest.raises(ValueError, match=f"labels: got {V} at 5"):
+        compiled(labels)
+
+
+@pytest.mark.parametrize("center", ["one", "group"])
+def test_a_second_derivative_raises(device, center):
+    logits, labels, old_logps, advantages = tensors(device)
+    leaf = logits.requires_grad_()
+    loss = r2vpo_loss(leaf, labels, old_logps, advantages, center=center, backend="triton").loss
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_a_kernel_is_launched_once_over_the_logits(device, monkeypatch):
+    """One-pass: one launch, and one in backward that scales; general: one each way."""
+    from r2vpo_kernels.backends import triton_kernels
+
+    launched = []
+    original = triton_kernels._launch
+
+    def counted(kernel, *arguments, **keywords):
+        launched.append(kernel.__name__)
+        return original(kernel, *arguments, **keywords)
+
+    monkeypatch.setattr(triton_kernels, "_launch", counted)
+    logits, labels, old_logps, advantages = tensors(device)
+    for dtype, keywords, expected in (
+        (torch.bfloat16, {}, ["one_pass_kernel", "scale_kernel"]),
+        (torch.bfloat16, {"center": "group"}, ["logps_forward_kernel", "logps_backward_kernel"]),
+        (torch.float16, {}, ["logps_forward_kernel", "logps_backward_kernel"]),
+    ):
+        leaf = logits.to(dtype).requires_grad_()
+        r2vpo_loss(
+            leaf, labels, old_logps, advantages, backend="triton", **keywords
+        ).loss.backward()
+        assert launched == expected
+        launched.clear()
+    with torch.no_grad():
+        r2vpo_loss(logits, labels, old_logps, advantages, backend="triton")
+    assert launched == ["logps_forward_kernel"]
+
+
+def test_where_validation_is_put_off_bad_values_become_nan(device):
+    """What a GPU does without R2VPO_KERNELS_VALIDATE, on any device: by a fake of is_cuda."""
+    value = torch.tensor([1.0, -1.0], device=device)
+    with pytest.raises(ValueError, match=r"x: got -1.0 at 1, expected more"):
+        ops.check(value.cpu(), value.cpu() > 0, value.cpu(), "x", "more")
+
+
+def test_triton_refuses_cpu_tensors_outside_the_interpreter(device, monkeypatch):
+    from r2vpo_kernels.backends import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
+    logits = torch.randn(2, 3, V)
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="backend: 'triton' is not available: it runs on a GPU"):
+        token_logps(logits, labels, backend="triton")
+    monkeypatch.setattr(ops, "triton_kernels", None)
+    monkeypatch.setattr(ops, "_TRITON_MISSING", "it cannot be imported (no module)", raising=False)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        token_logps(logits, labels, backend="triton")
+    assert token_logps(logits, labels).shape == (2, 3)
