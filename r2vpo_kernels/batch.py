@@ -169,6 +169,8 @@ class Batch:
         if labels is not None:
             check_integer("labels", labels)
             check_device("labels", labels, device)
+            if not isinstance(ignore_index, int):
+                raise invalid("ignore_index", ignore_index, "an integer")
             flat = labels.reshape(-1).long()
             valid = valid & (flat != ignore_index)
             in_range = (flat >= 0) & (flat < vocabulary)

@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,28 +107,20 @@ def r2vpo_loss(
     backend = ops.choose_backend(backend, logits)
     if inplace:
         _check_inplace(logits)
-    if isinstance(center, Tensor) and group_ids is not None and num_groups is None:
-        num_groups = center.numel()
-    batch = Batch.build(
+    batch, objective = _build(
         labels.shape,
         logits,
-        labels=labels,
-        vocabulary=logits.shape[-1],
-        ignore_index=ignore_index,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        group_ids=group_ids,
-        num_groups=num_groups,
-        group_size=group_size,
-        reduction=reduction,
-        normalizer=normalizer,
-    )
-    objective = Objective.build(
-        batch,
+        {"labels": labels, "vocabulary": logits.shape[-1], "ignore_index": ignore_index},
         old_logps=old_logps,
         advantages=advantages,
         variance_coef=variance_coef,
         center=center,
+        group_ids=group_ids,
+        num_groups=num_groups,
+        group_size=group_size,
+        mask=mask,
+        reduction=reduction,
+        normalizer=normalizer,
         ratio_level=ratio_level,
         importance_weights=importance_weights,
         ref_logps=ref_logps,
@@ -134,6 +129,7 @@ def r2vpo_loss(
         entropy_coef=entropy_coef,
         temperature=temperature,
         log_ratio_clamp=log_ratio_clamp,
+        cu_seqlens=cu_seqlens,
     )
     with_entropy = return_entropy or entropy_coef != 0
     one_pass = objective.separable and reduction != "none"
@@ -150,28 +146,36 @@ def r2vpo_loss(
     return evaluate(logps, entropy, batch, objective, reduction)
 
 
+# The other entries take the keywords of r2vpo_loss that make sense for them, with its defaults.
+_KEYWORDS = {
+    name: parameter
+    for name, parameter in inspect.signature(r2vpo_loss).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+_OF_LOGITS = ("ignore_index", "temperature", "return_entropy", "inplace", "backend")
+_OF_LOGPS = {name: p for name, p in _KEYWORDS.items() if name not in _OF_LOGITS}
+_LOGPS_DEFAULTS = {name: parameter.default for name, parameter in _OF_LOGPS.items()}
+
+
+def _showing(shared: dict[str, inspect.Parameter]) -> Callable[[Any], Any]:
+    """Put the shared keywords in the place of `**keywords` in what help() and editors show."""
+
+    def decorate(function: Any) -> Any:
+        own = list(inspect.signature(function).parameters.values())[:-1]
+        function.__signature__ = inspect.Signature([*own, *shared.values()])
+        return function
+
+    return decorate
+
+
+@_showing(_OF_LOGPS)
 def r2vpo_loss_from_logps(
     logps: Tensor,
     old_logps: Tensor | None,
     advantages: Tensor,
     *,
-    variance_coef: float | Tensor = 2.5,
-    center: str | Tensor = "one",
-    group_ids: Tensor | None = None,
-    num_groups: int | None = None,
-    group_size: int | None = None,
-    mask: Tensor | None = None,
-    reduction: str = "token-mean",
-    normalizer: float | Tensor | None = None,
-    ratio_level: str = "token",
-    importance_weights: Tensor | None = None,
-    ref_logps: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
     entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    log_ratio_clamp: float = 20.0,
-    cu_seqlens: Tensor | None = None,
+    **keywords: Any,
 ) -> R2VPOOutput:
     """The R²VPO loss from log-probs that are already at hand (Eq. 5), in plain torch.
 
@@ -183,7 +187,8 @@ def r2vpo_loss_from_logps(
     Args:
         logps: (B, T), or (N,) packed, nats, any float dtype; computed in float32 (float64 stays).
         entropy: like logps, nats, for entropy_coef; both come from `token_logps`.
-        The others: as for `r2vpo_loss`.
+        keywords: those of `r2vpo_loss`, except ignore_index, temperature, return_entropy, inplace
+            and backend, which are about logits.
 
     Returns: R2VPOOutput. Its loss is differentiable in logps and entropy.
 
@@ -198,42 +203,22 @@ def r2vpo_loss_from_logps(
         _check_float("entropy", entropy)
         if entropy.shape != logps.shape:
             raise invalid("entropy", entropy, f"shape {tuple(logps.shape)}, that of logps")
-    elif entropy_coef != 0:
-        raise invalid("entropy", None, f"a tensor, for entropy_coef is {entropy_coef}")
-    if isinstance(center, Tensor) and group_ids is not None and num_groups is None:
-        num_groups = center.numel()
-    batch = Batch.build(
-        logps.shape,
-        logps,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        group_ids=group_ids,
-        num_groups=num_groups,
-        group_size=group_size,
-        reduction=reduction,
-        normalizer=normalizer,
-    )
-    objective = Objective.build(
-        batch,
-        old_logps=old_logps,
-        advantages=advantages,
-        variance_coef=variance_coef,
-        center=center,
-        ratio_level=ratio_level,
-        importance_weights=importance_weights,
-        ref_logps=ref_logps,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
-        log_ratio_clamp=log_ratio_clamp,
+    for name in keywords:
+        if name not in _LOGPS_DEFAULTS:
+            expected = "one of entropy, " + ", ".join(_LOGPS_DEFAULTS)
+            raise TypeError(f"{name}: got an unknown keyword, expected {expected}")
+    keywords = _LOGPS_DEFAULTS | keywords
+    if entropy is None and keywords["entropy_coef"] != 0:
+        raise invalid("entropy", None, f"a tensor, for entropy_coef is {keywords['entropy_coef']}")
+    batch, objective = _build(
+        logps.shape, logps, {}, old_logps=old_logps, advantages=advantages, **keywords
     )
 
     def flat(x: Tensor) -> Tensor:
         return torch.where(batch.valid, x.reshape(-1).to(batch.weight.dtype), 0.0)
 
-    return evaluate(
-        flat(logps), None if entropy is None else flat(entropy), batch, objective, reduction
-    )
+    flat_entropy = None if entropy is None else flat(entropy)
+    return evaluate(flat(logps), flat_entropy, batch, objective, keywords["reduction"])
 
 
 def token_logps(
@@ -283,6 +268,24 @@ def token_logps(
     if entropy is None:
         return logps.reshape(labels.shape)
     return logps.reshape(labels.shape), entropy.reshape(labels.shape)
+
+
+_GEOMETRY = (
+    "mask", "cu_seqlens", "group_ids", "num_groups", "group_size", "reduction", "normalizer",
+)  # fmt: skip
+
+
+def _build(
+    shape: torch.Size, like: Tensor, labelling: dict[str, Any], **keywords: Any
+) -> tuple[Batch, Objective]:
+    """The two objects that the keywords travel in from here on."""
+    center = keywords["center"]
+    if isinstance(center, Tensor) and keywords["group_ids"] is not None:
+        # Means given for each group say how many groups there are.
+        keywords["num_groups"] = keywords["num_groups"] or center.numel()
+    geometry = {name: keywords.pop(name) for name in _GEOMETRY}
+    batch = Batch.build(shape, like, **labelling, **geometry)
+    return batch, Objective.build(batch, **keywords)
 
 
 def _check_float(name: str, value: Tensor) -> None:

@@ -55,6 +55,7 @@ BAD = {
         {"advantages": torch.zeros(T)}, "advantages", r"\(4,\).*\(3, 4\).*\(3,\)"
     ),
     "complex advantages": ({"advantages": torch.zeros(B) * 1j}, "advantages", "complex"),
+    "an ignore_index of None": ({"ignore_index": None}, "ignore_index", "None.*integer"),
     "a mask of another shape": ({"mask": torch.ones(B)}, "mask", r"\(3,\).*\(3, 4\)"),
     "a negative coefficient": ({"variance_coef": -1.0}, "variance_coef", "-1.0.*0"),
     "a negative coefficient tensor": (
@@ -149,7 +150,7 @@ def test_bad_packed_input_is_refused(name):
         r2vpo_loss(**packed(**changes))
 
 
-ELSEWHERE = {"logits", "labels", "temperature", "backend", "entropy_coef"}
+ELSEWHERE = {"logits", "labels", "temperature", "backend", "entropy_coef", "ignore_index"}
 FROM_LOGPS = [name for name, (changes, _, _) in BAD.items() if not ELSEWHERE & set(changes)]
 
 
@@ -168,6 +169,7 @@ def test_the_entry_from_logps_refuses_the_same(name):
         ({"logps": torch.zeros(B, T).long()}, "logps"),
         ({"logps": torch.zeros(B, T, 2)}, "logps"),
         ({"entropy_coef": 0.1}, "entropy"),
+        ({"temperature": 0.5}, "temperature"),
         ({"entropy": torch.zeros(B)}, "entropy"),
         ({"entropy": torch.zeros(B, T).long()}, "entropy"),
     ],
