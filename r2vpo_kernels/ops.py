@@ -52,15 +52,19 @@ def choose_backend(name: str, logits: Tensor) -> str:
     return name
 
 
+def _looks(value: Tensor) -> bool:
+    # Looking at values on a GPU would wait for it.
+    return not value.is_cuda or os.environ.get("R2VPO_KERNELS_VALIDATE") == "1"
+
+
 @torch.library.custom_op("r2vpo_kernels::check", mutates_args=())
 def check(value: Tensor, ok: Tensor, shown: Tensor, name: str, expected: str) -> Tensor:
     """`value`, having made sure of `ok` (0-dim or like value): an op, to survive torch.compile.
 
-    On a CPU it raises; on a GPU, where to look would wait for the device, a float value becomes NaN
-    where it is not ok, unless R2VPO_KERNELS_VALIDATE=1 asks for the error.
+    On a CPU it raises. On a GPU a float value becomes NaN where it is not ok, unless
+    R2VPO_KERNELS_VALIDATE=1 asks for the error.
     """
-    looks = not value.is_cuda or os.environ.get("R2VPO_KERNELS_VALIDATE") == "1"
-    if looks and not ok.all():
+    if _looks(value) and not ok.all():
         got = str(shown.tolist())
         if ok.dim():
             at = int((~ok).reshape(-1).nonzero()[0])

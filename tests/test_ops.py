@@ -237,11 +237,37 @@ def test_a_kernel_is_launched_once_over_the_logits(device, monkeypatch):
     assert launched == ["logps_forward_kernel"]
 
 
-def test_where_validation_is_put_off_bad_values_become_nan(device):
-    """What a GPU does without R2VPO_KERNELS_VALIDATE, on any device: by a fake of is_cuda."""
-    value = torch.tensor([1.0, -1.0], device=device)
-    with pytest.raises(ValueError, match=r"x: got -1.0 at 1, expected more"):
-        ops.check(value.cpu(), value.cpu() > 0, value.cpu(), "x", "more")
+BAD_VALUES = {
+    "a label of V": {"labels": torch.tensor([1, 2, V, 4, 5, 6])},
+    "a negative label": {"labels": torch.tensor([1, 2, -7, 4, 5, 6])},
+    "a negative coefficient": {"variance_coef": torch.tensor(-1.0)},
+    "a temperature of zero": {"temperature": torch.zeros(6)},
+    "offsets past the end": {"cu_seqlens": torch.tensor([0, 3, 90])},
+    "offsets that end early": {"cu_seqlens": torch.tensor([0, 3, 5])},
+    "offsets that fall": {"cu_seqlens": torch.tensor([0, 40, -2, 6])},
+    "a group out of range": {"group_ids": torch.tensor([0, 1, 9, -9, 1, 0]), "num_groups": 2},
+    "a negative normalizer": {"normalizer": torch.tensor(-1.0)},
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_where_nobody_looks_a_bad_value_makes_the_loss_nan(device, backend, monkeypatch, name):
+    """A GPU without R2VPO_KERNELS_VALIDATE=1, here by pretending: NaN, and nothing out of bounds."""
+    monkeypatch.setattr(ops, "_looks", lambda value: False)
+    torch.manual_seed(0)
+    logits = torch.randn(6, V, device=device, requires_grad=True)
+    arguments = {"labels": torch.arange(6), "old_logps": torch.full((6,), -3.0)}
+    arguments |= BAD_VALUES[name]
+    sequences = len(arguments.get("cu_seqlens", [0] * 7)) - 1
+    arguments["advantages"] = torch.ones(sequences)
+    arguments = {k: v if isinstance(v, int) else v.to(device) for k, v in arguments.items()}
+    out = r2vpo_loss(logits, **arguments, center="group", backend=backend)
+    assert out.loss.isnan()
+    monkeypatch.undo()
+    if device.type == "cuda":
+        monkeypatch.setenv("R2VPO_KERNELS_VALIDATE", "1")
+    with pytest.raises(ValueError, match=f"^{next(iter(BAD_VALUES[name]))}: "):
+        r2vpo_loss(logits, **arguments, backend=backend)
 
 
 def test_triton_refuses_cpu_tensors_outside_the_interpreter(device, monkeypatch):
