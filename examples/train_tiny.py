@@ -4,15 +4,15 @@
     python examples/train_tiny.py --loss ppo-clip   # the same training with PPO's clipped loss
     python examples/train_tiny.py --seeds 0 1 2     # several seeds, one after another
 
-The task: six digits and "=", then the same digits in order, as in `314159=113459`. A short supervised
-warm-up leaves a model that greedily answers about one prompt in three. Then each batch of rollouts
-samples a group of 8 completions for each of 96 prompts, rewards each with its share of right digits,
-takes advantages relative to the group, and makes 8 optimizer steps on those samples. So the policy
-leaves the one that sampled, the ratio ρ leaves 1, and the dual moves λ to hold v = E[(ρ - 1)²] at its
-target. Success is exact answers by greedy decoding on 512 held-out prompts, drawn from a seed of their
-own; of the million prompts there are, training sees some 2 %.
+The task: six digits and "=", then the same digits in order, as in `314159=113459`. A short
+supervised warm-up leaves a model that greedily answers about one prompt in three. Then each batch
+of rollouts samples a group of 8 completions for each of 96 prompts, rewards each with its share of
+right digits, takes advantages relative to the group, and makes 8 optimizer steps on those samples.
+So the policy leaves the one that sampled, the ratio ρ leaves 1, and the dual moves λ to hold
+v = E[(ρ - 1)²] at its target. Success is exact answers by greedy decoding on 512 held-out prompts,
+drawn from a seed of their own; of the million prompts there are, training sees some 2 %.
 
-Writes a CSV for each seed and one plot into --out. The curves are of the rollouts: sampled, not greedy.
+Writes a CSV for each seed and one plot into --out; its curves are of the rollouts, sampled.
 """
 
 from __future__ import annotations
@@ -97,13 +97,10 @@ def right_digits(tokens: Tensor) -> Tensor:
 
 
 def completion_labels(tokens: Tensor) -> Tensor:
-    """The token after each position where that is one of the completion, else IGNORE.
-
-    The last position has no label but keeps its logits: slicing them off would make backward allocate
-    all logits again.
-    """
+    """The token after each position where that is one of the completion, else IGNORE."""
     labels = tokens.roll(-1, dims=1)
     labels[:, :DIGITS] = IGNORE
+    # The last position keeps its logits: the backward of a slice would allocate them all again.
     labels[:, -1] = IGNORE
     return labels
 
@@ -207,27 +204,26 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
                 stats.append(out.stats)
                 metrics.append(out.metrics())
 
-        rows.append(
-            {
-                "step": step,
-                "reward": rewards.mean().item(),
-                "success": right.all(1).float().mean().item(),
-                # The first optimizer step's ρ is 1: the mean over the batch is what the dual holds.
-                "ratio_var": sum(stats[1:], stats[0]).second_moment.item(),
-                "target": args.target,
-                "lambda": constraint.coef.item() if args.loss == "r2vpo" else math.nan,
-                "kl_old": torch.stack([m["kl/old"] for m in metrics]).mean().item(),
-                "entropy": torch.stack([m["entropy"] for m in metrics]).mean().item(),
-                "grad_norm": torch.stack(norms).mean().item(),
-                "seconds": time.perf_counter() - start,
-            }
-        )
-        show_progress(f"{args.loss} seed {seed}", args.steps, rows[-1])
+        row = {
+            "step": step,
+            "reward": rewards.mean().item(),
+            "success": right.all(1).float().mean().item(),
+            # Over all steps, the first with ρ = 1 too: this mean is what the dual holds.
+            "ratio_var": sum(stats[1:], stats[0]).second_moment.item(),
+            "target": args.target,
+            "lambda": constraint.coef.item() if args.loss == "r2vpo" else math.nan,
+            "kl_old": torch.stack([m["kl/old"] for m in metrics]).mean().item(),
+            "entropy": torch.stack([m["entropy"] for m in metrics]).mean().item(),
+            "grad_norm": torch.stack(norms).mean().item(),
+            "seconds": time.perf_counter() - start,
+        }
+        rows.append(row)
+        show_progress(f"{args.loss} seed {seed}", args.steps, row)
 
     after = greedy_success(model, held_out)
     print(
-        f"{args.loss} seed {seed}: {before:.3f} -> {after:.3f} exact answers on {HELD_OUT} held-out "
-        f"prompts (greedy), after {warm_up_steps} warm-up steps -> after {args.steps} batches of RL; "
+        f"{args.loss} seed {seed}: success (greedy, {HELD_OUT} held-out prompts) {before:.3f} "
+        f"after {warm_up_steps} warm-up steps -> {after:.3f} after {args.steps} batches of RL, "
         f"{time.perf_counter() - start:.0f} s"
     )
     return rows
@@ -237,49 +233,41 @@ def show_progress(name: str, steps: int, row: Row) -> None:
     """A bar on a terminal; elsewhere, as in a log, ten lines in all."""
     step = int(row["step"])
     text = f"{name}: {step}/{steps} success {row['success']:.2f} v {row['ratio_var']:.4f}"
-    if not math.isnan(row["lambda"]):
-        text += f" λ {row['lambda']:.2f}"
     if sys.stderr.isatty():
-        filled = 20 * step // steps
-        end = "\n" if step == steps else ""
-        print(
-            f"\r[{'#' * filled}{'.' * (20 - filled)}] {text}\033[K",
-            end=end,
-            file=sys.stderr,
-            flush=True,
-        )
+        bar = f"[{'#' * (20 * step // steps):.<20}]"
+        sys.stderr.write(f"\r{bar} {text}" + "\n" * (step == steps))
     elif 10 * step // steps > 10 * (step - 1) // steps:
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def plot(runs: dict[int, list[Row]], loss: str, path: Path) -> None:
     """Reward and success, v against its target, and λ where there is one, over the batches."""
-    panels = 3 if loss == "r2vpo" else 2
-    figure = Figure(figsize=(7, 2.6 * panels), layout="constrained")
-    axes = figure.subplots(panels, sharex=True)
+    ylabels = ["share, in sampled rollouts", "v = E[(ρ - 1)²] (no unit)", "λ (no unit)"]
+    curves = [
+        (0, "reward", "--", "right digits"),
+        (0, "success", "-", "exact"),
+        (1, "ratio_var", "-", "v"),
+        (2, "lambda", "-", "λ"),
+    ]
+    held = "target, held by λ"
+    if loss != "r2vpo":
+        ylabels, curves, held = ylabels[:2], curves[:3], "R²VPO's target, not held here"
+    figure = Figure(figsize=(7, 2.6 * len(ylabels)), layout="constrained")
+    axes = figure.subplots(len(ylabels), sharex=True)
     for index, (seed, rows) in enumerate(runs.items()):
-        colour = f"C{index}"
-
-        def draw(axis, column, style, label, rows=rows, colour=colour):
-            x, y = zip(*((row["step"], row[column]) for row in rows), strict=True)
-            axis.plot(x, y, style, color=colour, label=label)
-
-        draw(axes[0], "reward", "--", f"share of right digits (reward), seed {seed}")
-        draw(axes[0], "success", "-", f"exact answers (success), seed {seed}")
-        draw(axes[1], "ratio_var", "-", f"v, seed {seed}")
-        if loss == "r2vpo":
-            draw(axes[2], "lambda", "-", f"λ, seed {seed}")
-    target = rows[0]["target"]
-    held = "target" if loss == "r2vpo" else "R²VPO's target (not held by PPO)"
-    axes[1].axhline(target, color="black", linestyle=":", label=f"{held}: {target:g}")
-    axes[0].set(ylabel="rollouts, sampled (share)", ylim=(0, 1), title=f"train_tiny, {loss}")
-    axes[1].set(ylabel="v = E[(ρ - 1)²] (no unit)", yscale="log")
-    if loss == "r2vpo":
-        axes[2].set(ylabel="λ (reward per v)", ylim=(0, None))
-    axes[-1].set(xlabel=f"batches of rollouts ({EPOCHS * MINIBATCHES} optimizer steps each)")
-    for axis in axes:
+        steps = [row["step"] for row in rows]
+        for panel, column, style, label in curves:
+            y = [row[column] for row in rows]
+            axes[panel].plot(steps, y, style, color=f"C{index}", label=f"{label}, seed {seed}")
+    axes[1].axhline(rows[0]["target"], color="black", linestyle=":", label=held)
+    for axis, ylabel in zip(axes, ylabels, strict=True):
+        axis.set_ylabel(ylabel)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
+    axes[0].set(title=f"train_tiny, {loss}", ylim=(0, 1))
+    axes[1].set_yscale("log")
+    axes[-1].set_xlabel(f"batches of rollouts ({EPOCHS * MINIBATCHES} optimizer steps each)")
     figure.savefig(path, dpi=150)
 
 
@@ -295,9 +283,11 @@ def main() -> None:
     add("--target", type=float, default=0.01, help="the v to hold (default: %(default)s)")
     add("--dual-lr", type=float, default=10.0, help="the step of λ (default: %(default)s)")
     add("--out", type=Path, default=Path("demo"), help="folder to write (default: %(default)s)")
-    add("--threads", type=int, default=2, help="CPU threads of torch (default: %(default)s)")
+    add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args()
 
+    # One thread by default: on operations this small a second gains little, and on a shared machine
+    # waiting for it costs more.
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     runs = {}

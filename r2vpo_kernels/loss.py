@@ -310,6 +310,11 @@ def _check_logits(logits: Tensor, labels: Tensor) -> Tensor:
 def _check_inplace(logits: Tensor) -> None:
     if logits.is_leaf and logits.requires_grad:
         raise invalid("inplace", True, "False for logits that are a leaf, whose values must stay")
-    width = logits.shape[-1]
-    if any(logits.shape[dim] > 1 and logits.stride(dim) < width for dim in (0, 1)):
+    (batch, length, width), (row, token, _) = logits.shape, logits.stride()
+
+    def apart(outer: int, outer_step: int, inner: int, inner_step: int) -> bool:
+        end = width if inner <= 1 else (inner - 1) * inner_step + width
+        return (inner <= 1 or inner_step >= width) and (outer <= 1 or outer_step >= end)
+
+    if not (apart(batch, row, length, token) or apart(length, token, batch, row)):
         raise invalid("inplace", True, "False for logits whose rows share memory")

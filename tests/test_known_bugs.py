@@ -157,9 +157,12 @@ def test_9_in_place_is_refused_where_it_would_destroy(backend, device):
     leaf = logits.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"inplace.*leaf"):
         r2vpo_loss(leaf, labels, old_logps, advantages, inplace=True, backend=backend)
-    shared = (leaf * 1)[:1].expand(3, 4, 40)
-    with pytest.raises(ValueError, match=r"inplace.*share"):
-        r2vpo_loss(shared, labels, old_logps, advantages, inplace=True, backend=backend)
+    whole = leaf * 1
+    for shared in (whole[:1].expand(3, 4, 40), whole.as_strided((3, 4, 40), (40, 40, 1))):
+        with pytest.raises(ValueError, match=r"inplace.*share"):
+            r2vpo_loss(shared, labels, old_logps, advantages, inplace=True, backend=backend)
+    turned = whole.transpose(0, 1).contiguous().transpose(0, 1)
+    r2vpo_loss(turned, labels, old_logps, advantages, inplace=True, backend=backend)
 
 
 @pytest.mark.parametrize("center", ["one", "group"])
@@ -241,6 +244,17 @@ def test_11_offsets_past_two_to_the_31_are_reached(device):
         logits.clone(), labels, {"old_logps": None, "advantages": torch.ones(2, device=device)}
     )
     assert_within("logps", ours, truth.logps, truth.logps_bound)
+
+
+def test_memory_that_begins_off_a_16_byte_boundary_is_refused():
+    """As numpy or a file may hand it over; the kernels' wide accesses would fault on it."""
+    memory = bytearray(4 * 200)
+    start = next(n for n in range(4, 20, 4) if (torch.frombuffer(memory, dtype=torch.float32)
+                 .data_ptr() + n) % 16)  # fmt: skip
+    logits = torch.frombuffer(memory, dtype=torch.float32, offset=start, count=120)
+    labels = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"logits: .*16-byte boundary"):
+        token_logps(logits.reshape(1, 3, 40), labels, backend="triton")
 
 
 def test_11_grids_are_one_dimensional():

@@ -252,7 +252,7 @@ BAD_VALUES = {
 
 @pytest.mark.parametrize("name", BAD_VALUES)
 def test_where_nobody_looks_a_bad_value_makes_the_loss_nan(device, backend, monkeypatch, name):
-    """A GPU without R2VPO_KERNELS_VALIDATE=1, here by pretending: NaN, and nothing out of bounds."""
+    """A GPU without R2VPO_KERNELS_VALIDATE=1, by pretending: NaN, nothing out of bounds."""
     monkeypatch.setattr(ops, "_looks", lambda value: False)
     torch.manual_seed(0)
     logits = torch.randn(6, V, device=device, requires_grad=True)
