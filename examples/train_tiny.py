@@ -1,4 +1,4 @@
-"""Train a tiny transformer to sort digits with the R²VPO loss, on a CPU, in about a minute.
+"""Train a tiny transformer to sort digits with the R²VPO loss, on a CPU, in a minute or two.
 
     python examples/train_tiny.py                   # R²VPO, its λ set by the dual
     python examples/train_tiny.py --loss ppo-clip   # the same training with PPO's clipped loss
@@ -281,13 +281,13 @@ def main() -> None:
     add("--warm-up", type=float, default=0.3, help="success to start from (default: %(default)s)")
     add("--lr", type=float, default=3e-4, help="Adam's, in RL (default: %(default)s)")
     add("--target", type=float, default=0.01, help="the v to hold (default: %(default)s)")
-    add("--dual-lr", type=float, default=10.0, help="the step of λ (default: %(default)s)")
+    add("--dual-lr", type=float, default=3.0, help="the step of λ (default: %(default)s)")
     add("--out", type=Path, default=Path("demo"), help="folder to write (default: %(default)s)")
     add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args()
 
-    # One thread by default: on operations this small a second gains little, and on a shared machine
-    # waiting for it costs more.
+    # One by default: where other programs keep the cores busy, operations this small wait for a
+    # second thread longer than they compute.
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     runs = {}
