@@ -12,6 +12,8 @@ The number in a name is that of the report in the list below; the links name the
 not apply to what is here.
 """
 
+import math
+
 import pytest
 import torch
 from harness import check_case, truth_of
@@ -150,6 +152,20 @@ def test_7_ratios_that_overflow_stay_finite(backend, device):
             assert out.metrics()["ratio/clamped"] == 1
     limit = {"old_logps": old_logps, "advantages": advantages, "log_ratio_clamp": 0.1}
     check_case(logits, labels, limit, backend)
+
+
+def test_near_on_policy_the_penalty_keeps_its_digits(backend, device):
+    """Eq. 13: with δ exactly 2⁻¹² and no advantage, the gradient is 2λ·w·ρ·d/2 to a few u; exp - 1
+    would be off by 2¹² times as much."""
+    logits = torch.zeros(1, 1, 2, device=device, requires_grad=True)
+    labels = torch.zeros(1, 1, dtype=torch.long, device=device)
+    logps = token_logps(logits.detach(), labels, backend=backend)
+    out = r2vpo_loss(logits, labels, logps - 2**-12, torch.zeros(1, device=device), backend=backend)
+    out.loss.backward()
+    d = math.expm1(2**-12)
+    expected = 2 * 2.5 * (1 + d) * d * 0.5
+    assert logits.grad[0, 0, 0].item() == pytest.approx(expected, rel=16 * U)
+    assert out.loss.item() == pytest.approx(2.5 * d**2, rel=16 * U)
 
 
 def test_9_in_place_is_refused_where_it_would_destroy(backend, device):
