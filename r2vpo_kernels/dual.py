@@ -23,12 +23,16 @@ class VarianceConstraint:
         target: the ratio variance to hold, at least 0 (no unit).
         center: "one" or "group", as given to the loss.
         coef: where λ starts.
-        lr: the step η_λ, at least 0.
+        lr: the step η_λ, at least 0. λ falls by lr·target per step at the most and rises by
+            lr·(v - target), so a heavy tail of v shakes it more than it drains. The default is that
+            of examples/train_tiny.py, where 10 overshot.
         min_coef, max_coef: the bounds of λ.
         device: where λ lives; `step` takes it to the statistics' device if that is another.
 
-    `coef` is a 0-dim float32 tensor, changed in place: pass it as `variance_coef`. Nothing here
-    waits for the device.
+    `coef` is a 0-dim float32 tensor, changed in place: pass it as `variance_coef`. A loss keeps the
+    λ it was computed with, so `step` may come before `backward`. Nothing here waits for the device.
+    Where one batch of rollouts serves several optimizer steps, v is 0 at the first, and the mean
+    over the steps is what is held.
 
     Raises: ValueError for an unknown center, a negative number, or bounds that cross.
     Source: DERIVATION.md, Eq. 16.
@@ -40,7 +44,7 @@ class VarianceConstraint:
         *,
         center: str = "one",
         coef: float = 2.5,
-        lr: float = 10.0,
+        lr: float = 3.0,
         min_coef: float = 0.0,
         max_coef: float = 100.0,
         device: torch.device | str | None = None,
