@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch, check_choice, check_number, invalid
+from .batch import Batch, check_choice, check_device, check_number, invalid
 from .objective import CENTERS, RatioStats
 
 
@@ -30,9 +30,9 @@ class VarianceConstraint:
         device: where λ lives; `step` takes it to the statistics' device if that is another.
 
     `coef` is a 0-dim float32 tensor, changed in place: pass it as `variance_coef`. A loss keeps the
-    λ it was computed with, so `step` may come before `backward`. Nothing here waits for the device.
-    Where one batch of rollouts serves several optimizer steps, v is 0 at the first, and the mean
-    over the steps is what is held.
+    λ it was computed with, so `step` may come before `backward`. With `device` given, nothing here
+    waits for the device. Where one batch of rollouts serves several optimizer steps, v is 0 at the
+    first, and the mean over the steps is what is held.
 
     Raises: ValueError for an unknown center, a negative number, or bounds that cross.
     Source: DERIVATION.md, Eq. 16.
@@ -80,6 +80,7 @@ class VarianceConstraint:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if set(state_dict) != {"coef"}:
             raise invalid("state_dict", sorted(state_dict), "the one key 'coef'")
+        check_number("coef", float(state_dict["coef"]), self.min_coef, self.max_coef)
         with torch.no_grad():
             self.coef.copy_(state_dict["coef"])
 
@@ -120,8 +121,12 @@ def fenchel_coef(
     if not isinstance(advantages, Tensor) or advantages.is_complex():
         raise TypeError("advantages: expected a tensor of real numbers")
     for name, value in (("weight", weight), ("group_ids", group_ids)):
-        if value is not None and value.shape != advantages.shape:
-            raise invalid(name, value, f"shape {tuple(advantages.shape)}, that of advantages")
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != advantages.shape:
+            expected = f"a tensor of shape {tuple(advantages.shape)}, that of advantages"
+            raise invalid(name, value, expected)
+        check_device(name, value, advantages.device)
     w = torch.ones_like(advantages) if weight is None else weight
     batch = Batch.build(
         torch.Size([advantages.numel()]),

@@ -91,7 +91,8 @@ def r2vpo_loss(
             batch has no sequences: every input is per token. Where S = N, each holds one token.
         return_entropy: compute `out.entropy` although entropy_coef is 0.
         inplace: the gradient may take the logits' memory: whoever reads logits after this call, or
-            after backward, may see the gradient. Refused for a leaf.
+            after backward, may see the gradient. Refused for a leaf, a view of one, and rows that
+            share memory; under torch.compile the permission goes unused.
         backend: "auto" (Triton on a GPU, else eager), "triton" or "eager".
 
     Returns: R2VPOOutput. Its loss is differentiable in logits alone, once (backend "eager": any
@@ -103,10 +104,10 @@ def r2vpo_loss(
 
     Source: DERIVATION.md, Eq. 1 to 11.
     """
-    logits = _check_logits(logits, labels)
-    backend = ops.choose_backend(backend, logits)
+    given, logits = logits, _check_logits(logits, labels)
     if inplace:
-        _check_inplace(logits)
+        _check_inplace(given)
+    backend = ops.choose_backend(backend, logits)
     batch, objective = _build(
         labels.shape,
         logits,
@@ -308,13 +309,16 @@ def _check_logits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf and logits.requires_grad:
-        raise invalid("inplace", True, "False for logits that are a leaf, whose values must stay")
-    (batch, length, width), (row, token, _) = logits.shape, logits.stride()
-
-    def apart(outer: int, outer_step: int, inner: int, inner_step: int) -> bool:
-        end = width if inner <= 1 else (inner - 1) * inner_step + width
-        return (inner <= 1 or inner_step >= width) and (outer <= 1 or outer_step >= end)
-
-    if not (apart(batch, row, length, token) or apart(length, token, batch, row)):
-        raise invalid("inplace", True, "False for logits whose rows share memory")
+    if torch.compiler.is_compiling():
+        # Where the compiler decides what is mutated, the permission goes unused.
+        return
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise invalid("inplace", True, "False for a leaf or a view of one, whose values must stay")
+    # Rows (B, T) or (N,), each past the end of the one before, in one order or the other.
+    rows = zip(logits.shape[:-1], logits.stride()[:-1], strict=True)
+    end = logits.shape[-1]
+    for n, step in sorted(rows, key=lambda row: row[1]):
+        if n > 1 and step < end:
+            raise invalid("inplace", True, "False for logits whose rows share memory")
+        end += (n - 1) * step

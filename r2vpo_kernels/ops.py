@@ -301,7 +301,7 @@ def one_pass(
         with_entropy,
         backend,
     )
-    if inplace:
+    if inplace and not torch.compiler.is_compiling():
         logps, entropy = one_pass_op_(values, *arguments)
         dlogits = values
     else:

@@ -54,7 +54,13 @@ def device():
 
 def pytest_terminal_summary(terminalreporter):
     from harness import USED
+    from test_aot import REPORTS, name
 
+    for target, kernels in REPORTS.items():
+        terminalreporter.section(f"{target}: registers and spills")
+        for k in kernels:
+            line = f"{name(k):45} {k['registers']:4} {k['spills']:4}"
+            terminalreporter.write_line(line)
     if USED:
         terminalreporter.section("worst error / budget")
         for (backend, dtype, name), share in sorted(USED.items()):

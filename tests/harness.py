@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tolerance import Truth, assert_within, find_truth
+from tolerance import Truth, assert_no_lean, assert_within, find_truth, output_rounding
 from torch import Tensor
 
 import r2vpo_kernels
@@ -52,10 +52,23 @@ def truth_of(
     return find_truth(logits, batch, objective, upstream.double(), with_entropy)
 
 
-def output_ulps(backend: str, dtype: torch.dtype, roundings: int) -> float:
+def check_gradient(
+    gradient: Tensor,
+    truth: Truth,
+    backend: str,
+    roundings: int = 1,
+    dtype: torch.dtype | None = None,
+) -> float:
+    """Each element within its bound and the output's rounding, and all together without a lean."""
+    dtype = dtype or gradient.dtype
     # The interpreter truncates to bfloat16 where hardware rounds to nearest.
     truncates = backend == "triton" and triton_kernels.INTERPRETED and dtype == torch.bfloat16
-    return roundings * (1.0 if truncates else 0.5)
+    ulps = roundings * (1.0 if truncates else 0.5)
+    exact, bound = truth.gradient, truth.gradient_bound
+    used = assert_within("gradient", gradient, exact, bound, dtype=dtype, ulps=ulps)
+    rounding = output_rounding(exact, bound, dtype, ulps)
+    assert_no_lean("gradient", gradient, exact, bound, rounding, truncates)
+    return used
 
 
 def check_case(
@@ -88,14 +101,7 @@ def check_case(
     used["loss"] = assert_within("loss", actual, loss, bound)
     # What the one-pass route has rounded, an upstream gradient other than 1 rounds again.
     roundings = 2 if upstream != 1.0 and out.loss.dim() == 0 else 1
-    used["gradient"] = assert_within(
-        "gradient",
-        gradient,
-        truth.gradient,
-        truth.gradient_bound,
-        dtype=logits.dtype,
-        ulps=output_ulps(backend, logits.dtype, roundings),
-    )
+    used["gradient"] = check_gradient(gradient, truth, backend, roundings)
     names = ("weight", "d_sum", "d_sq_sum")
     for name, value, bound in zip(names, truth.stats, truth.stats_bound, strict=True):
         used[f"stats.{name}"] = assert_within(name, getattr(out.stats, name), value, bound)

@@ -1,15 +1,22 @@
-"""What users of other losses of this kind have reported as bugs, one test each.
+"""What users of other losses of this kind have reported as bugs, one test or more each.
 
-The number in a name is that of the report in the list below; the links name the projects' trackers.
- 1 a second copy of the loss drifts (Liger#1082)        8 Python floats reach kernels as fp64
- (Liger#1366) 2 the loss depends on the split (verl#7913)            9 in-place gradients destroy
- logits (unsloth#5002) 3 temperature omitted or applied twice (trl#3029)     10 an entropy gradient
- silently dropped (trl#6625) 4 V not a multiple of the block (verl#2656)           11 int32
- overflow, grid.y limits (fla#1080) 5 an expanded upstream read as contiguous (verl#6960) 12 a fixed
- warp size on AMD (Liger#231) 6 -inf logits give NaN (flash-attention#1930)         15 advantages,
- masks, labels misread 7 overflowing ratios, inf - inf, 0 * inf (OpenRLHF#1293)
-2 is in test_laws.py, 8 in test_ops.py, 12 in test_aot.py; 13 and 14 (compiled extensions, DDP) do
-not apply to what is here.
+The number in a test's name is that of this list, with one report of each:
+
+ 1. a second copy of the loss drifts (Liger#1082)
+ 2. the loss depends on the split into micro-batches (verl#7913): in test_laws.py
+ 3. temperature omitted or applied twice (trl#3029)
+ 4. V not a multiple of the block (verl#2656)
+ 5. an expanded upstream gradient read as contiguous (verl#6960)
+ 6. -inf logits give NaN (flash-attention#1930)
+ 7. overflowing ratios, inf - inf, 0 * inf (OpenRLHF#1293)
+ 8. Python floats reach the kernel as float64 (Liger#1366): in test_ops.py
+ 9. an in-place gradient destroys logits that are still needed (unsloth#5002)
+10. an entropy gradient silently dropped (trl#6625)
+11. int32 overflow of N·V, limits of a second grid dimension (fla#1080)
+12. a fixed warp size on AMD (Liger#231): in test_aot.py
+15. advantages, masks and labels misread
+
+13 and 14, compiled extensions and unwrapped DDP models, do not apply to what is here.
 """
 
 import math
@@ -173,6 +180,13 @@ def test_9_in_place_is_refused_where_it_would_destroy(backend, device):
     leaf = logits.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"inplace.*leaf"):
         r2vpo_loss(leaf, labels, old_logps, advantages, inplace=True, backend=backend)
+    packed = logits[0].clone().requires_grad_()
+    for view in (leaf.view(3, 4, 40), leaf[:, :-1], leaf[0], packed):
+        with pytest.raises(ValueError, match=r"inplace.*leaf"):
+            r2vpo_loss(
+                view, labels[: view.shape[0], : view.shape[1]] if view.dim() == 3 else labels[0],
+                None, torch.ones(view.shape[0], device=device), inplace=True, backend=backend,
+            )  # fmt: skip
     whole = leaf * 1
     for shared in (whole[:1].expand(3, 4, 40), whole.as_strided((3, 4, 40), (40, 40, 1))):
         with pytest.raises(ValueError, match=r"inplace.*share"):

@@ -1,7 +1,13 @@
 """Laws that hold whatever the values: shifts, splits, slices, masks, repetition."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from harness import check_case, truth_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import IGNORE, cases
@@ -34,24 +40,17 @@ def draw(device, batch=4, length=5, vocabulary=64, dtype=torch.float32, seed=0):
     return tuple(x.to(device) for x in (logits, labels, old_logps, advantages, mask))
 
 
-@settings(max_examples=25)
-@given(cases(dtype=torch.float32, layout="plain"), st.sampled_from([-8.0, 0.5, 4.0]))
+@settings(max_examples=15)
+@given(cases(dtype=torch.float32), st.sampled_from([-8.0, 0.5, 4.0]))
 def test_shifting_a_row_of_logits_changes_nothing(backend, device, case, shift):
-    # Powers of two and a coarse grid: the shift itself is exact in float32.
+    """The truth stays, and both results are within the budget of it."""
     logits, labels, keywords = case.tensors(device)
+    # A coarse grid: the shift itself is exact in float32.
     logits = (logits * 256).round() / 256
-    keywords["normalizer"] = None if case.reduction == "none" else 1.0
-    out, gradient = run(logits, labels, backend, **keywords)
-    shifted, shifted_gradient = run(logits + shift, labels, backend, **keywords)
-    temperature = keywords["temperature"]
-    least = temperature.min().item() if isinstance(temperature, torch.Tensor) else temperature
-    # Eq. 19, with the larger logits of the two, twice.
-    size = 1 + (logits.abs().max().item() + 8) / least + out.logps.abs().max().item() + 6
-    error = 2 * 4 * U * size
-    assert (out.logps - shifted.logps).abs().max() <= error
-    ratio = 1 + out.metrics()["ratio/max"].item()
-    slope = gradient.abs().max().item() + (ratio * 9) ** 2 / least
-    assert (gradient - shifted_gradient).abs().max() <= 4 * (error + 8 * U) * slope
+    before, after = (truth_of(z, labels, keywords) for z in (logits, logits + shift))
+    torch.testing.assert_close(after.gradient, before.gradient, rtol=1e-8, atol=1e-10)
+    for z in (logits, logits + shift):
+        check_case(z, labels, keywords, backend)
 
 
 @pytest.mark.parametrize("reduction", AGGREGATED)
@@ -165,19 +164,36 @@ def test_nothing_at_a_masked_token_matters(backend, device, case):
     assert all(torch.equal(value, metrics[name]) for name, value in clean.metrics().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_a_row_of_weight_zero_is_written_but_not_read(device, dtype, inplace):
-    """Every element of its gradient is set, and the memory it lies in is never looked at."""
-    logits, labels, old_logps, advantages, mask = draw(device, dtype=dtype)
-    logits[~mask] = torch.nan
+UNREADABLE = """
+import ctypes, mmap, torch
+from r2vpo_kernels import r2vpo_loss, token_logps
+
+ROW = mmap.PAGESIZE // 4
+memory = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+logits = torch.frombuffer(memory, dtype=torch.float32).view(1, 3, ROW).normal_()
+page = logits.data_ptr() + mmap.PAGESIZE
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, 0) == 0
+labels, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]])
+old_logps = token_logps(logits, labels, mask=mask, backend="triton")
+for keywords in ({}, {"center": "group"}):
     leaf = logits.requires_grad_()
     out = r2vpo_loss(
-        leaf * 1, labels, old_logps, advantages, mask=mask, backend="triton", inplace=inplace
+        leaf, labels, old_logps, torch.ones(1), mask=mask, backend="triton", **keywords
     )
     (gradient,) = torch.autograd.grad(out.loss, leaf)
-    assert gradient[mask].isfinite().all() and gradient[mask].any()
-    assert not gradient[~mask].any()
+    assert gradient[0, 0].any() and gradient[0, 2].any() and not gradient[0, 1].any()
+print("read nothing")
+"""
+
+
+def test_a_row_of_weight_zero_is_not_read():
+    """Its memory may not even be readable: a look at it would end the process."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", UNREADABLE], cwd=Path(__file__).parent.parent, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout.strip() == "read nothing", run.stderr
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

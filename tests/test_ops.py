@@ -148,6 +148,25 @@ def test_fullgraph_with_at_most_one_extra_compilation(device, backend, name, com
     assert counts[0] == 1 and counts[-1] <= 2, counts
 
 
+def test_in_place_on_a_slice_under_a_compiler_that_may_mutate(device):
+    """The permission goes unused there: functionalised mutation of views is not to be relied on."""
+    logits, labels, old_logps, advantages = tensors(device)
+
+    def call(logits):
+        return r2vpo_loss(
+            (logits * 2)[:, 1:], labels[:, 1:], old_logps[:, 1:], advantages, inplace=True,
+            backend="triton",
+        ).loss  # fmt: skip
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend=COMPILER)):
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
 def test_the_other_entries_compile_too(device):
     logits, labels, old_logps, advantages = tensors(device)
 

@@ -72,7 +72,10 @@ def find_truth(
 
     # Eq. 20: the log-ratio; on-policy it is 0 without an error.
     def difference_error(other):
-        return zero if other is None else dlogp + U * (size + torch.nan_to_num(other).abs())
+        if other is None:
+            return zero
+        # A difference from an infinity is clamped, or 0 from the same one: exact.
+        return dlogp + U * (size + torch.where(other.isfinite(), other.abs(), 0.0))
 
     ddelta = difference_error(objective.old_logps)
     if objective.ratio_level == "sequence":
@@ -195,3 +198,23 @@ def assert_within(
     used = worst(actual, truth, bound + output_rounding(truth, bound, dtype, ulps))
     assert used <= 1.0, f"{name}: {used:.3g} times the error budget"
     return used
+
+
+def assert_no_lean(
+    name: str, actual: Tensor, truth: Tensor, bound: Tensor, rounding: Tensor, truncates: bool
+) -> None:
+    """All errors together may not lean along the truth, as those of a slightly scaled one do.
+
+    The projection Σ error·truth is at most Σ bound·|truth|, plus what rounding adds: independent
+    errors of at most `rounding` each, six standard deviations of their sum; all of it where the
+    output is truncated rather than rounded.
+    """
+    actual, truth = actual.double().reshape(-1), truth.reshape(-1)
+    bound, rounding = bound.reshape(-1), rounding.reshape(-1)
+    lean = ((actual - truth) * truth).sum().abs()
+    if truncates:
+        allowed = ((bound + rounding) * truth.abs()).sum()
+    else:
+        spread = (rounding * truth).square().sum().sqrt() / 3**0.5
+        allowed = (bound * truth.abs()).sum() + 6 * spread
+    assert lean <= allowed, f"{name}: leans by {(lean / allowed).item():.3g} times the error budget"

@@ -135,6 +135,9 @@ def _first_look(
     exponential per element, and threads meet only once per row.
     """
     scale = tl.div_rn(LOG2_E, temperature)
+    # Every thread reads this one, and in place another thread will overwrite it: the reductions
+    # below are the barrier between. A bad label reads nothing and makes logp NaN.
+    z_label = tl.load(row + lead + label, mask=label < end - lead, other=float("nan"))
     # The lowest finite number in place of -inf: a block of -inf then meets no inf - inf.
     m = tl.full([BLOCK], LOWEST, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -155,8 +158,6 @@ def _first_look(
     decay = tl.exp2(gap)
     total = tl.sum(s * decay, 0)
     log_total = tl.log2(total)
-    # A bad label reads nothing and makes logp NaN.
-    z_label = tl.load(row + lead + label, mask=label < end - lead, other=float("nan"))
     logp = ((z_label.to(tl.float32) * scale - top) - log_total) * LN_2
     entropy = 0.0
     if ENTROPY:
@@ -223,7 +224,11 @@ def _dlogp(
 # in the flag ALIGNED, which the host derives from pointers, strides and V.
 _VARYING = ["rows", "length", "vocabulary", "misaligned"]
 _VARYING += ["stride_batch", "stride_token", "grad_stride_batch", "grad_stride_token"]
-_kernel = triton.jit(do_not_specialize=_VARYING)
+# What is per token is read one number at a time: its alignment is nobody's concern.
+_PER_TOKEN = ["labels", "temperature", "weight", "old_logps", "advantages", "variance_coef"]
+_PER_TOKEN += ["center", "ref_logps", "logps", "lse", "entropy", "grad_logps", "grad_entropy"]
+_PER_TOKEN += ["kl_coef", "entropy_coef", "log_ratio_clamp", "upstream"]
+_kernel = triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PER_TOKEN)
 
 
 @_kernel
