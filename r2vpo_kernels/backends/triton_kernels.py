@@ -71,19 +71,20 @@ def _expm1(x):
 
 
 @triton.jit
-def _row_offset(token, length, stride_batch, stride_token):
+def _place(
+    token, length, vocabulary, misaligned, stride_batch, stride_token,
+    ALIGNED: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Of a token's row: its offset from the 16-byte boundary before the tensor, lead and end."""
     # length is an int64, and so are the products.
-    return (token // length) * stride_batch + (token % length) * stride_token
-
-
-@triton.jit
-def _row_lead(offset, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
-    return 0 if ALIGNED else (offset % VECTOR).to(tl.int32)
-
-
-@triton.jit
-def _row_end(lead, vocabulary, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
-    return vocabulary // VECTOR * VECTOR if ALIGNED else vocabulary + lead
+    offset = misaligned + (token // length) * stride_batch + (token % length) * stride_token
+    if ALIGNED:
+        lead = 0
+        end = vocabulary // VECTOR * VECTOR
+    else:
+        lead = (offset % VECTOR).to(tl.int32)
+        end = vocabulary + lead
+    return offset, lead, end
 
 
 @triton.jit
@@ -244,9 +245,9 @@ def logps_forward_kernel(
         lse_t = 0.0
         entropy_t = 0.0
         if label >= 0:
-            offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
-            lead = _row_lead(offset, ALIGNED, VECTOR)
-            end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
+            offset, lead, end = _place(
+                token, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
+            )
             logp_t, lse_t, entropy_t = _first_look(
                 _row(logits, offset, VECTOR), lead, end, label, tl.load(temperature + token),
                 ENTROPY, ALIGNED, BLOCK,
@@ -267,10 +268,14 @@ def logps_backward_kernel(
 ):  # fmt: skip
     for token in range(tl.program_id(0), rows, tl.num_programs(0)):
         label = tl.load(labels + token)
-        offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
-        lead = _row_lead(offset, ALIGNED, VECTOR)
-        end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
-        grad_offset = misaligned + _row_offset(token, length, grad_stride_batch, grad_stride_token)
+        offset, lead, end = _place(
+            token, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
+        )
+        # The gradient's rows lie alike within 16 bytes: the same lead and end.
+        grad_offset, _, _ = _place(
+            token, length, vocabulary, misaligned, grad_stride_batch, grad_stride_token,
+            ALIGNED, VECTOR,
+        )  # fmt: skip
         grad_row = _row(dlogits, grad_offset, VECTOR)
         if label >= 0:
             entropy_t = 0.0
@@ -299,10 +304,14 @@ def one_pass_kernel(
 ):  # fmt: skip
     for token in range(tl.program_id(0), rows, tl.num_programs(0)):
         label = tl.load(labels + token)
-        offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
-        lead = _row_lead(offset, ALIGNED, VECTOR)
-        end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
-        grad_offset = misaligned + _row_offset(token, length, grad_stride_batch, grad_stride_token)
+        offset, lead, end = _place(
+            token, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
+        )
+        # The gradient's rows lie alike within 16 bytes: the same lead and end.
+        grad_offset, _, _ = _place(
+            token, length, vocabulary, misaligned, grad_stride_batch, grad_stride_token,
+            ALIGNED, VECTOR,
+        )  # fmt: skip
         grad_row = _row(dlogits, grad_offset, VECTOR)
         logp = 0.0
         entropy_t = 0.0
@@ -343,9 +352,9 @@ def scale_kernel(
     # The usual upstream gradient is 1, and then nothing is read or written.
     if factor != 1.0:
         for token in range(tl.program_id(0), rows, tl.num_programs(0)):
-            offset = misaligned + _row_offset(token, length, stride_batch, stride_token)
-            lead = _row_lead(offset, ALIGNED, VECTOR)
-            end = _row_end(lead, vocabulary, ALIGNED, VECTOR)
+            offset, lead, end = _place(
+                token, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
+            )
             row = _row(dlogits, offset, VECTOR)
             for block in range(0, tl.cdiv(end, BLOCK)):
                 dz = _load(row, block, lead, end, ALIGNED, BLOCK) * factor
