@@ -76,6 +76,11 @@ class Segments:
         """(N,) → (count,)."""
         return _SegmentSum.apply(x, self.index, self.offsets, self.order)
 
+    def mean(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(N,), (N,) → (count,), the weighted mean; 0 where nothing has weight."""
+        total = self.sum(weight)
+        return self.sum(weight * x) / torch.where(total == 0, 1.0, total)
+
     def spread(self, x: Tensor) -> Tensor:
         """(count,) → (N,), each token its segment's value."""
         return _SegmentSpread.apply(x, self.index, self.offsets, self.order)
@@ -136,7 +141,6 @@ class Batch:
     valid: Tensor
     labels: Tensor  # int64: -1 where masked, V where out of range; empty without logits
     sequences: Segments | None
-    lengths: Tensor  # valid tokens of each sequence
     groups: Segments
     token_weight: Tensor  # Eq. 4: the weight before the batch's denominator, that of the statistics
     weight: Tensor  # Eq. 4: the weight in the loss
@@ -193,7 +197,7 @@ class Batch:
             assert sequences is not None
             token_weight = token_weight / sequences.spread(lengths.clamp(min=1.0))
         weight = token_weight / torch.where(denominator == 0, 1.0, denominator)
-        return Batch(shape, valid, checked, sequences, lengths, groups, token_weight, weight)
+        return Batch(shape, valid, checked, sequences, groups, token_weight, weight)
 
     def per_token(
         self,

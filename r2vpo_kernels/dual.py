@@ -138,9 +138,7 @@ def fenchel_coef(
     x = batch.per_token("advantages", advantages.reshape(-1))
     w = batch.token_weight * batch.per_token("weight", w.reshape(-1), minimum=0.0)
     if center == "group":
-        total = batch.groups.sum(w)
-        mean = batch.groups.sum(w * x) / torch.where(total == 0, 1.0, total)
-        x = x - batch.groups.spread(mean)
+        x = x - batch.groups.spread(batch.groups.mean(x, w))
     total = w.sum()
     mean_square = (w * x**2).sum() / torch.where(total == 0, 1.0, total)
     return mean_square.sqrt() / (2.0 * target**0.5)

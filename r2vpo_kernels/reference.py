@@ -79,7 +79,7 @@ def token_terms(
     raw = _Difference.apply(logps, old_logps)
     if objective.ratio_level == "sequence":
         assert batch.sequences is not None
-        mean = batch.sequences.sum(raw) / batch.lengths.clamp(min=1.0)
+        mean = batch.sequences.mean(raw, batch.valid.to(raw.dtype))
         raw = torch.where(batch.valid, batch.sequences.spread(mean), 0.0)
     delta = raw.clamp(-clamp, clamp)
     ratio, d = delta.exp(), delta.expm1()
@@ -87,9 +87,7 @@ def token_terms(
     center = objective.center
     if center is None:
         # Eq. 9: the empirical mean, as a distance from one, like every mean here.
-        total = batch.groups.sum(batch.token_weight)
-        mean = batch.groups.sum(batch.token_weight * d) / torch.where(total == 0, 1.0, total)
-        center = batch.groups.spread(mean)
+        center = batch.groups.spread(batch.groups.mean(d, batch.token_weight))
 
     policy = -objective.advantages * ratio
     penalty = objective.variance_coef * (d - center) ** 2

@@ -87,8 +87,8 @@ def by_hand(logits: Tensor, batch: Batch, objective: Objective, with_entropy: bo
     logp, entropy = reference.token_logps(logits, batch.labels, objective.temperature, with_entropy)
     raw = torch.zeros_like(logp) if objective.old_logps is None else logp - objective.old_logps
     if objective.ratio_level == "sequence":
-        mean = batch.sequences.sum(raw) / batch.lengths.clamp(min=1)
-        raw = mean[batch.sequences.index]
+        lengths = batch.sequences.sum(batch.valid.double()).clamp(min=1)
+        raw = (batch.sequences.sum(raw) / lengths)[batch.sequences.index]
     clamp = objective.log_ratio_clamp
     ratio = raw.clamp(-clamp, clamp).exp()
     w, coef = batch.weight, objective.variance_coef
@@ -104,7 +104,7 @@ def by_hand(logits: Tensor, batch: Batch, objective: Objective, with_entropy: bo
     slope = w * ratio * (-objective.advantages + 2 * coef * (ratio - 1 - center) - 2 * kappa)
     slope = torch.where(raw.abs() > clamp, 0.0, slope)
     if objective.ratio_level == "sequence":
-        slope = (batch.sequences.sum(slope) / batch.lengths.clamp(min=1))[batch.sequences.index]
+        slope = (batch.sequences.sum(slope) / lengths)[batch.sequences.index]
     if objective.ref_logps is not None:
         q = objective.ref_logps - logp
         dkl = {"k1": torch.ones_like(q), "k2": -q, "k3": -q.clamp(-clamp, clamp).expm1()}

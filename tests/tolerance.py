@@ -36,9 +36,7 @@ class Truth:
 
 
 def _weighted_mean(batch: Batch, x: Tensor) -> Tensor:
-    total = batch.groups.sum(batch.token_weight)
-    mean = batch.groups.sum(batch.token_weight * x) / torch.where(total == 0, 1.0, total)
-    return batch.groups.spread(mean)
+    return batch.groups.spread(batch.groups.mean(x, batch.token_weight))
 
 
 def find_truth(
@@ -79,7 +77,7 @@ def find_truth(
 
     ddelta = difference_error(objective.old_logps)
     if objective.ratio_level == "sequence":
-        ddelta = batch.sequences.sum(ddelta * valid) / batch.lengths.clamp(min=1)
+        ddelta = batch.sequences.mean(ddelta, valid.double())
         ddelta = batch.sequences.spread(ddelta) + 4 * U * terms.log_ratio.detach().abs()
 
     # Eq. 21, 23, 25 and 26: dL/dlogp.
@@ -103,7 +101,7 @@ def find_truth(
     at_edge = (raw.abs() - objective.log_ratio_clamp).abs() <= ddelta
     g_bound = torch.where(at_edge, g_bound + slope, g_bound)
     if objective.ratio_level == "sequence":
-        total = batch.sequences.sum(g_bound * valid) / batch.lengths.clamp(min=1)
+        total = batch.sequences.mean(g_bound, valid.double())
         g_bound = batch.sequences.spread(total) + 8 * U * g.abs()
     value_bound = w * ratio * (advantages + 2 * coef * gap) * (2 * ddelta + 8 * U)
     value_bound = value_bound + w * coef * gap * (2 * dgap + 8 * U * gap)
