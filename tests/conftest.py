@@ -52,6 +52,16 @@ def device():
     return torch.device(DEVICE_NAME)
 
 
+def pytest_collection_finish(session):
+    """The ahead-of-time gate compiles in the background, and comes last."""
+    gate = [item for item in session.items if item.path.name == "test_aot.py"]
+    if gate and not session.config.option.collectonly:
+        from test_aot import start_compiling
+
+        start_compiling()
+        session.items[:] = [item for item in session.items if item not in gate] + gate
+
+
 def pytest_terminal_summary(terminalreporter):
     from harness import USED
     from test_aot import REPORTS, name

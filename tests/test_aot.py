@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,23 +18,33 @@ TARGETS = {
     "gfx942": (("hip", "gfx942", "64"), 65536),
 }
 REPORTS = {}
+_compilations = {}
+
+
+def start_compiling():
+    """All targets, one after another in the background, while other tests run."""
+    pool = ThreadPoolExecutor(max_workers=1)
+    for target, (arguments, _) in TARGETS.items():
+        _compilations[target] = pool.submit(compile_for, arguments)
+
+
+def compile_for(arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    here = Path(__file__).parent
+    environment["PYTHONPATH"] = str(here.parent)
+    with tempfile.TemporaryDirectory() as cache:
+        return subprocess.run(
+            [sys.executable, str(here / "aot_compile.py"), *arguments],
+            env=environment | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=TARGETS)
-def report(request, tmp_path_factory):
-    arguments, shared_limit = TARGETS[request.param]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    here = Path(__file__).parent
-    environment["PYTHONPATH"] = str(here.parent)
-    run = subprocess.run(
-        [sys.executable, str(here / "aot_compile.py"), *arguments],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+def report(request):
+    run = _compilations[request.param].result()
     assert run.returncode == 0, run.stderr[-4000:]
-    kernels = json.loads(run.stdout)
-    REPORTS[request.param] = kernels
-    return kernels, shared_limit
+    REPORTS[request.param] = json.loads(run.stdout)
+    return REPORTS[request.param], TARGETS[request.param][1]
 
 
 def name(kernel):

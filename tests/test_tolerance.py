@@ -38,11 +38,12 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+# 1e-6 is less than the half precisions resolve.
+RESOLVED = [(m, d) for m in MUTANTS for d in DTYPES if "constant" not in m or d == torch.float32]
+
+
+@pytest.mark.parametrize("mutant, dtype", RESOLVED)
 def test_a_wrong_gradient_fails(mutant, dtype):
-    if mutant == "a constant added" and dtype != torch.float32:
-        pytest.skip("1e-6 is less than these formats resolve")
     gradient, truth = setup(dtype)
     wrong = MUTANTS[mutant](gradient.double())
     with pytest.raises(AssertionError, match="error budget"):
