@@ -16,11 +16,13 @@ def tensors(device, batch=3, length=4, dtype=torch.float32):
     logits = torch.randn(batch, length, V, device=device).to(dtype)
     labels = torch.randint(0, V, (batch, length), device=device)
     labels[0, 0] = -100
+    # A copy: for a graph input whose stride alone is symbolic, torch 2.13's dynamo can fail to make
+    # guards ("sources must not be empty"), depending on the hash seed.
     return (
         logits,
         labels,
         torch.full_like(labels, -3.0, dtype=torch.float32),
-        logits[:, 0, 0].float(),
+        logits[:, 0, 0].float().clone(),
     )
 
 
