@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .batch import Batch, check_choice, check_device, check_number, invalid
+from .ops import KL_ESTIMATORS
 from .reference import TokenTerms, token_terms
 
 CENTERS = ("one", "group")
 RATIO_LEVELS = ("token", "sequence")
-KL_ESTIMATORS = ("k1", "k2", "k3")
 # exp(2·40) = 5.5e34: the squared ratio stays finite in float32.
 MAX_LOG_RATIO_CLAMP = 40.0
 MIN_TEMPERATURE = 1e-6

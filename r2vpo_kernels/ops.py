@@ -6,7 +6,9 @@ below are what the rest of the package calls.
 
 from __future__ import annotations
 
+import importlib
 import os
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,41 +16,50 @@ from torch import Tensor
 
 from . import reference
 
-try:
-    from .backends import triton_kernels
-except ImportError as error:  # no Triton on this machine
-    triton_kernels = None  # type: ignore[assignment]
-    _TRITON_MISSING = f"it cannot be imported ({error})"
-
 if TYPE_CHECKING:
     from .batch import Batch
     from .objective import Objective
 
-BACKENDS = ("auto", "eager", "triton")
-_KERNELS = {"triton": triton_kernels}
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "eager", "triton", "cpp")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTOR_BYTES = 16
 
+# The modules of kernels, and why one is not here.
+KERNELS: dict[str, ModuleType] = {}
+_MISSING: dict[str, str] = {}
+for _name, _module in (("triton", "triton_kernels"), ("cpp", "cpp")):
+    try:
+        KERNELS[_name] = importlib.import_module(f".backends.{_module}", __package__)
+    except ImportError as _error:
+        _MISSING[_name] = f"it cannot be imported ({_error})"
 
-def _why_not_triton(logits: Tensor) -> str | None:
-    if triton_kernels is None:
-        return _TRITON_MISSING
-    if logits.dtype not in TRITON_DTYPES:
+
+def why_not(backend: str, logits: Tensor) -> str | None:
+    """Why a backend cannot take these logits; None if it can."""
+    if backend == "eager":
+        return None
+    if backend in _MISSING:
+        return _MISSING[backend]
+    if logits.dtype not in KERNEL_DTYPES:
         return f"it takes float32, bfloat16 and float16, and logits are {logits.dtype}"
-    if not (logits.is_cuda or triton_kernels.INTERPRETED):
+    if backend == "cpp" and logits.device.type != "cpu":
+        return f"it runs on a CPU, and logits are on {logits.device}"
+    if backend == "triton" and not (logits.is_cuda or KERNELS["triton"].INTERPRETED):
         return f"it runs on a GPU, and logits are on {logits.device}"
     return None
 
 
 def choose_backend(name: str, logits: Tensor) -> str:
-    """The backend to run: `auto` takes Triton on a GPU where it can, eager torch elsewhere."""
+    """The backend to run: `auto` takes Triton on a GPU, C++ on a CPU, and eager where they can't."""
     if not (isinstance(name, str) and name in BACKENDS):
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    why_not = _why_not_triton(logits)
     if name == "auto":
-        return "triton" if logits.is_cuda and why_not is None else "eager"
-    if name == "triton" and why_not is not None:
-        raise ValueError(f"backend: 'triton' is not available: {why_not}")
+        name = "triton" if logits.is_cuda else "cpp"
+        return "eager" if why_not(name, logits) else name
+    reason = why_not(name, logits)
+    if reason is not None:
+        raise ValueError(f"backend: {name!r} is not available: {reason}")
     return name
 
 
@@ -120,17 +131,64 @@ _ONE_PASS = """Tensor labels, Tensor temperature, Tensor weight, Tensor? old_log
     Tensor entropy_coef, Tensor log_ratio_clamp, str kl_estimator, bool with_entropy, str backend"""
 
 
+_NUMBERS = ("kl_coef", "entropy_coef", "log_ratio_clamp", "upstream")
+
+
+def _check_arguments(
+    backend: str, with_entropy: bool = False, kl_estimator: str = "k3", **tensors: Tensor | None
+) -> None:
+    """What the kernels take for granted. The entries see to it; an op can be called by anyone."""
+    (name, logits), *others = tensors.items()
+    assert logits is not None
+    whole = logits.dim() == 3 and logits.shape[2] > 0
+    if not (whole and (logits.shape[2] == 1 or logits.stride(2) == 1)):
+        got = f"shape {tuple(logits.shape)}, strides {logits.stride()}"
+        raise ValueError(f"{name}: got {got}, expected (B, T, V) with a contiguous vocabulary")
+    choose_backend(backend, logits)
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator: got {kl_estimator!r}, expected one of {KL_ESTIMATORS}")
+    tokens = logits.shape[0] * logits.shape[1]
+    for name, value in others:
+        if value is None:
+            continue
+        shape: tuple[int, ...] = () if name in _NUMBERS else (tokens,)
+        if name in ("entropy", "grad_entropy") and not with_entropy:
+            shape = (0,)
+        dtype = torch.int64 if name == "labels" else torch.float32
+        expected = (dtype, logits.device, shape, True)
+        got = (value.dtype, value.device, tuple(value.shape), value.is_contiguous())
+        if got != expected:
+            raise ValueError(f"{name}: got {_described(*got)}, expected {_described(*expected)}")
+
+
+def _described(dtype, device, shape, contiguous):
+    return f"a {'' if contiguous else 'strided '}{dtype} tensor of shape {shape} on {device}"
+
+
 def _op(name: str, schema: str, mutates_args: tuple[str, ...] = ()):
-    return torch.library.custom_op(
-        f"r2vpo_kernels::{name}", mutates_args=mutates_args, schema=" ".join(schema.split())
-    )
+    """Register a function of `schema`, which gets arguments that were checked."""
+    names = [argument.split()[-1] for argument in schema[1 : schema.index(") ->")].split(",")]
+
+    def register(function):
+        def checked(*arguments):
+            _check_arguments(**dict(zip(names, arguments, strict=True)))
+            return function(*arguments)
+
+        return torch.library.custom_op(
+            f"r2vpo_kernels::{name}",
+            checked,
+            mutates_args=mutates_args,
+            schema=" ".join(schema.split()),
+        )
+
+    return register
 
 
 @_op("logps_forward", f"(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor)")
 def logps_forward(logits, labels, temperature, with_entropy, backend):
     """(logps, the kernel's own logsumexp, entropy)."""
     outputs = _empty_outputs(logits, 2, with_entropy)
-    _KERNELS[backend].logps_forward(logits, labels, temperature, *outputs, with_entropy)
+    KERNELS[backend].logps_forward(logits, labels, temperature, *outputs, with_entropy)
     return outputs
 
 
@@ -143,7 +201,7 @@ def _(logits, labels, temperature, with_entropy, backend):
 def logps_backward(logits, *rest):
     dlogits = _empty_gradient(logits)
     *tensors, backend = rest
-    _KERNELS[backend].logps_backward(logits, dlogits, *tensors)
+    KERNELS[backend].logps_backward(logits, dlogits, *tensors)
     return dlogits
 
 
@@ -155,7 +213,7 @@ def _(logits, *rest):
 @_op("logps_backward_", f"(Tensor(a!) logits, {_BACKWARD}) -> ()", ("logits",))
 def logps_backward_(logits, *rest):
     *tensors, backend = rest
-    _KERNELS[backend].logps_backward(logits, logits, *tensors)
+    KERNELS[backend].logps_backward(logits, logits, *tensors)
 
 
 @_op("one_pass", f"(Tensor logits, {_ONE_PASS}) -> (Tensor, Tensor, Tensor)")
@@ -164,7 +222,7 @@ def one_pass_op(logits, *rest):
     *tensors, with_entropy, backend = rest
     outputs = _empty_outputs(logits, 1, with_entropy)
     dlogits = _empty_gradient(logits)
-    _KERNELS[backend].one_pass(logits, dlogits, *tensors, *outputs, with_entropy)
+    KERNELS[backend].one_pass(logits, dlogits, *tensors, *outputs, with_entropy)
     return *outputs, dlogits
 
 
@@ -177,7 +235,7 @@ def _(logits, *rest):
 def one_pass_op_(logits, *rest):
     *tensors, with_entropy, backend = rest
     outputs = _empty_outputs(logits, 1, with_entropy)
-    _KERNELS[backend].one_pass(logits, logits, *tensors, *outputs, with_entropy)
+    KERNELS[backend].one_pass(logits, logits, *tensors, *outputs, with_entropy)
     return outputs
 
 
@@ -188,7 +246,7 @@ def _(logits, *rest):
 
 @_op("scale_", "(Tensor(a!) dlogits, Tensor upstream, str backend) -> ()", ("dlogits",))
 def scale_(dlogits, upstream, backend):
-    _KERNELS[backend].scale(dlogits, upstream)
+    KERNELS[backend].scale(dlogits, upstream)
 
 
 # The autograd Functions.

@@ -42,8 +42,17 @@ def _poison():
     assert torch.zeros(1).new_empty(3).isnan().all()
 
 
-@pytest.fixture(scope="session", params=["eager", "triton"])
+KERNELS = ["triton", "cpp"] if DEVICE_NAME == "cpu" else ["triton"]
+
+
+@pytest.fixture(scope="session", params=["eager", *KERNELS])
 def backend(request):
+    return request.param
+
+
+@pytest.fixture(scope="session", params=KERNELS)
+def kernels(request):
+    """A backend that is not eager torch."""
     return request.param
 
 

@@ -76,7 +76,7 @@ BAD = {
     "an unknown center": ({"center": "zero"}, "center", "'zero'.*'one', 'group'"),
     "an unknown level": ({"ratio_level": "word"}, "ratio_level", "'word'.*'token', 'sequence'"),
     "an unknown estimator": ({"kl_estimator": "k4"}, "kl_estimator", "'k4'.*'k1', 'k2', 'k3'"),
-    "an unknown backend": ({"backend": "cpp"}, "backend", "'cpp'.*'auto', 'eager', 'triton'"),
+    "an unknown backend": ({"backend": "c"}, "backend", "'c'.*'auto', 'eager', 'triton', 'cpp'"),
     "KL without a reference": ({"kl_coef": 0.1}, "ref_logps", "None.*kl_coef is 0.1"),
     "ref_logps of another shape": ({"ref_logps": torch.zeros(B)}, "ref_logps", r"\(3,\)"),
     "a KL coefficient tensor": (

@@ -206,25 +206,25 @@ def test_9_logits_survive_unless_in_place_was_asked_for(backend, device, center)
 
 
 @pytest.mark.parametrize("center", ["one", "group"])
-def test_9_autograd_notices_logits_overwritten_that_it_still_needs(device, center):
+def test_9_autograd_notices_logits_overwritten_that_it_still_needs(kernels, device, center):
     logits, labels, old_logps, advantages = batch(device)
     leaf = logits.requires_grad_()
     # exp saves its result for its own backward.
     seen = leaf.exp()
     out = r2vpo_loss(
-        seen, labels, old_logps, advantages, center=center, inplace=True, backend="triton"
+        seen, labels, old_logps, advantages, center=center, inplace=True, backend=kernels
     )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (out.loss * 2).backward()
 
 
-def test_9_in_place_takes_no_second_buffer(device):
+def test_9_in_place_takes_no_second_buffer(kernels, device):
     """The gradient of the logits lies where the logits lay."""
     logits, labels, old_logps, advantages = batch(device)
     for center in ("one", "group"):
         seen = logits.clone().requires_grad_() * 1
         out = r2vpo_loss(
-            seen, labels, old_logps, advantages, center=center, inplace=True, backend="triton"
+            seen, labels, old_logps, advantages, center=center, inplace=True, backend=kernels
         )
         (gradient,) = torch.autograd.grad(out.loss, seen)
         assert gradient.data_ptr() == seen.data_ptr()
@@ -247,7 +247,7 @@ def test_10_entropy_reaches_the_logits_on_every_route(backend, device):
         assert not any(value.requires_grad for value in out.metrics().values())
 
 
-def test_11_offsets_past_two_to_the_31_are_reached(device):
+def test_11_offsets_past_two_to_the_31_are_reached(kernels, device):
     """A second row beyond 2³¹ elements, in memory that is never touched in between."""
     stride = 2**31 + 64
     try:
@@ -269,7 +269,7 @@ def test_11_offsets_past_two_to_the_31_are_reached(device):
     logits = storage.as_strided((2, 1, 64), (stride, 64, 1))
     logits.copy_(torch.randn(2, 1, 64))
     labels = torch.tensor([[3], [40]], device=device)
-    ours = token_logps(logits, labels, backend="triton")
+    ours = token_logps(logits, labels, backend=kernels)
     truth = truth_of(
         logits.clone(), labels, {"old_logps": None, "advantages": torch.ones(2, device=device)}
     )
@@ -282,9 +282,12 @@ def test_memory_that_begins_off_a_16_byte_boundary_is_refused():
     start = next(n for n in range(4, 20, 4) if (torch.frombuffer(memory, dtype=torch.float32)
                  .data_ptr() + n) % 16)  # fmt: skip
     logits = torch.frombuffer(memory, dtype=torch.float32, offset=start, count=120)
-    labels = torch.zeros(1, 3, dtype=torch.long)
+    logits, labels = logits.reshape(1, 3, 40), torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"logits: .*16-byte boundary"):
-        token_logps(logits.reshape(1, 3, 40), labels, backend="triton")
+        token_logps(logits, labels, backend="triton")
+    # The C++ kernels take it as it comes.
+    here, copied = (token_logps(z, labels, backend="cpp") for z in (logits, logits.clone()))
+    assert torch.equal(here, copied)
 
 
 def test_11_grids_are_one_dimensional():
@@ -296,6 +299,7 @@ def test_11_grids_are_one_dimensional():
 
 def test_15_advantages_per_sequence_and_per_token_are_told_apart(backend, device):
     logits, labels, old_logps, advantages = batch(device, shape=(4, 4))
+    old_logps = old_logps + torch.randn_like(old_logps)
     per_token = advantages[:, None].expand(4, 4)
     losses = [
         r2vpo_loss(logits, labels, old_logps, a, backend=backend).loss

@@ -165,7 +165,7 @@ def test_nothing_at_a_masked_token_matters(backend, device, case):
 
 
 UNREADABLE = """
-import ctypes, mmap, torch
+import ctypes, mmap, sys, torch
 from r2vpo_kernels import r2vpo_loss, token_logps
 
 ROW = mmap.PAGESIZE // 4
@@ -174,11 +174,11 @@ logits = torch.frombuffer(memory, dtype=torch.float32).view(1, 3, ROW).normal_()
 page = logits.data_ptr() + mmap.PAGESIZE
 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, 0) == 0
 labels, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]])
-old_logps = token_logps(logits, labels, mask=mask, backend="triton")
+old_logps = token_logps(logits, labels, mask=mask, backend=sys.argv[1])
 for keywords in ({}, {"center": "group"}):
     leaf = logits.requires_grad_()
     out = r2vpo_loss(
-        leaf, labels, old_logps, torch.ones(1), mask=mask, backend="triton", **keywords
+        leaf, labels, old_logps, torch.ones(1), mask=mask, backend=sys.argv[1], **keywords
     )
     (gradient,) = torch.autograd.grad(out.loss, leaf)
     assert gradient[0, 0].any() and gradient[0, 2].any() and not gradient[0, 1].any()
@@ -186,11 +186,11 @@ print("read nothing")
 """
 
 
-def test_a_row_of_weight_zero_is_not_read():
+def test_a_row_of_weight_zero_is_not_read(kernels):
     """Its memory may not even be readable: a look at it would end the process."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", UNREADABLE], cwd=Path(__file__).parent.parent, env=environment,
+        [sys.executable, "-c", UNREADABLE, kernels], cwd=Path(__file__).parent.parent, env=environment,
         capture_output=True, text=True,
     )  # fmt: skip
     assert run.stdout.strip() == "read nothing", run.stderr

@@ -26,20 +26,20 @@ def tensors(device, batch=3, length=4, dtype=torch.float32):
     )
 
 
-def op_arguments(device, dtype=torch.bfloat16, with_entropy=True):
+def op_arguments(device, kernels, dtype=torch.bfloat16, with_entropy=True):
     logits, labels, old_logps, _ = tensors(device, dtype=dtype)
     labels = torch.where(labels == -100, -1, labels).reshape(-1)
     n = labels.numel()
     vector = torch.rand(n, device=device) + 0.5
     number = torch.tensor(0.3, device=device)
     entropy = vector if with_entropy else vector[:0]
-    forward = (labels, vector, with_entropy, "triton")
+    forward = (labels, vector, with_entropy, kernels)
     backward = (
-        labels, vector, -vector, vector, entropy, vector, entropy, with_entropy, "triton"
+        labels, vector, -vector, vector, entropy, vector, entropy, with_entropy, kernels
     )  # fmt: skip
     one_pass = (
         labels, vector, vector, old_logps.reshape(-1), vector, vector, vector, None, number,
-        number, number + 10, "k3", with_entropy, "triton",
+        number, number + 10, "k3", with_entropy, kernels,
     )  # fmt: skip
     return logits, {
         "check": (vector, vector > 0, vector, "x", "more"),
@@ -48,7 +48,7 @@ def op_arguments(device, dtype=torch.bfloat16, with_entropy=True):
         "logps_backward_": (logits.clone(), *backward),
         "one_pass": (logits, *one_pass),
         "one_pass_": (logits.clone(), *one_pass),
-        "scale_": (logits.clone(), number, "triton"),
+        "scale_": (logits.clone(), number, kernels),
     }
 
 
@@ -65,11 +65,56 @@ def op_arguments(device, dtype=torch.bfloat16, with_entropy=True):
         "scale_",
     ],
 )
-def test_opcheck(device, name, with_entropy):
+def test_opcheck(kernels, device, name, with_entropy):
     # opcheck compares outputs by allclose, which a buffer poisoned with NaN is not.
-    _, arguments = op_arguments(device, torch.float32, with_entropy)
+    _, arguments = op_arguments(device, kernels, torch.float32, with_entropy)
     op = getattr(torch.ops.r2vpo_kernels, name).default
     torch.library.opcheck(op, arguments[name])
+
+
+OPS = ("logps_forward", "logps_backward", "logps_backward_", "one_pass", "one_pass_", "scale_")
+
+
+def broken(value):
+    """What is wrong about a tensor, by name; none of it may reach a kernel."""
+    yield "another dtype", value.double() if value.is_floating_point() else value.int()
+    yield "another device", value.to("meta")
+    yield "too many", torch.cat([value.reshape(-1)] * 2)
+    if value.dim() == 1:
+        yield "too few", value[:-1]
+        yield "strided", torch.stack([value, value], -1)[:, 0]
+    if value.dim() == 3:
+        yield "no vocabulary", value[..., :0]
+        yield "a strided vocabulary", value.transpose(1, 2)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_kernel_is_reached_with_an_argument_that_is_wrong(op, kernels, device, monkeypatch):
+    """Whoever calls an op: for each of its arguments, and each way in which it can be wrong."""
+
+    class Trap:
+        INTERPRETED = True
+
+        def __getattr__(self, name):
+            raise AssertionError(f"{name} was reached")
+
+    monkeypatch.setitem(ops.KERNELS, kernels, Trap())
+    _, arguments = op_arguments(device, kernels)
+    call, good = getattr(torch.ops.r2vpo_kernels, op), list(arguments[op])
+    names = [argument.name for argument in call.default._schema.arguments]
+    seen = set()
+    for at, (name, value) in enumerate(zip(names, good, strict=True)):
+        if isinstance(value, torch.Tensor):
+            bad = dict(broken(value))
+        else:
+            bad = {"backend": {"unknown": "cuda-c"}, "kl_estimator": {"unknown": "k4"}}.get(name, {})
+        for what, wrong in bad.items():
+            with pytest.raises((ValueError, NotImplementedError), match=f"^{name}: |meta"):
+                call(*good[:at], wrong, *good[at + 1 :])
+            seen.add(name)
+    assert seen == set(names) - {"with_entropy", "ref_logps"}
+    with pytest.raises(AssertionError, match="was reached"):
+        call(*good)
 
 
 def test_the_empty_gradient_lies_as_its_logits_do():
@@ -109,7 +154,7 @@ def routes():
     for backend in ("eager", "triton"):
         for name in ROUTES:
             yield pytest.param(backend, name, "aot_eager", id=f"{backend}-{name}")
-    for backend, name in (("eager", "group"), ("triton", "one pass")):
+    for backend, name in (("eager", "group"), ("triton", "one pass"), ("auto", "entropy and KL")):
         yield pytest.param(backend, name, COMPILER, id=f"{backend}-{name}-{COMPILER}")
 
 
@@ -221,10 +266,10 @@ def test_a_bad_label_raises_under_fullgraph_too(device, backend):
 
 
 @pytest.mark.parametrize("center", ["one", "group"])
-def test_a_second_derivative_raises(device, center):
+def test_a_second_derivative_raises(kernels, device, center):
     logits, labels, old_logps, advantages = tensors(device)
     leaf = logits.requires_grad_()
-    loss = r2vpo_loss(leaf, labels, old_logps, advantages, center=center, backend="triton").loss
+    loss = r2vpo_loss(leaf, labels, old_logps, advantages, center=center, backend=kernels).loss
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(loss, leaf, create_graph=True)
 
@@ -299,8 +344,17 @@ def test_triton_refuses_cpu_tensors_outside_the_interpreter(device, monkeypatch)
     labels = torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="backend: 'triton' is not available: it runs on a GPU"):
         token_logps(logits, labels, backend="triton")
-    monkeypatch.setattr(ops, "triton_kernels", None)
-    monkeypatch.setattr(ops, "_TRITON_MISSING", "it cannot be imported (no module)", raising=False)
+    monkeypatch.setitem(ops._MISSING, "triton", "it cannot be imported (no module)")
     with pytest.raises(ValueError, match="cannot be imported"):
         token_logps(logits, labels, backend="triton")
-    assert token_logps(logits, labels).shape == (2, 3)
+
+
+def test_auto_takes_the_kernels_where_they_can_and_eager_elsewhere(device, monkeypatch):
+    logits = torch.randn(2, 3, V, device=device)
+    best = "cpp" if device.type == "cpu" else "triton"
+    assert ops.choose_backend("auto", logits) == best
+    assert ops.choose_backend("auto", logits.double()) == "eager"
+    monkeypatch.setitem(ops._MISSING, best, "it cannot be imported (no compiler)")
+    assert ops.choose_backend("auto", logits) == "eager"
+    with pytest.raises(ValueError, match="no compiler"):
+        ops.choose_backend(best, logits)

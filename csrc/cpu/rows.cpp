@@ -1,0 +1,241 @@
+// The kernels on a CPU. Compiled once per instruction set, with R2VPO_KERNELS naming its table.
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace r2vpo {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr double kLn2 = 0.6931471805599453;
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+// Columns whose maximum is found, and whose exponentials are then summed in float32, while they are
+// in the first-level cache.
+constexpr std::int64_t kBlock = 1024;
+// Elements that a thread takes at a time, in whole rows.
+constexpr std::int64_t kShare = 1 << 15;
+
+// What the first look at a row finds: the label's log-prob, logsumexp in base 2, the entropy.
+struct Look {
+  float logp, lse, entropy;
+};
+
+// body(x) for each vector of columns from `begin` to `end`.
+template <typename T, typename Body>
+inline void read(const T* row, std::int64_t begin, std::int64_t end, Body body) {
+  std::int64_t column = begin;
+  for (; column + kLanes <= end; column += kLanes) body(load(row + column));
+  if (column < end) body(load_part(row + column, end - column));
+}
+
+// to = body(from) for each vector of columns.
+template <typename T, typename Body>
+inline void transform(const T* from, T* to, std::int64_t columns, Body body) {
+  std::int64_t column = 0;
+  for (; column + kLanes <= columns; column += kLanes) {
+    store(to + column, body(load(from + column)));
+  }
+  if (column < columns) {
+    const std::int64_t rest = columns - column;
+    store_part(to + column, body(load_part(from + column, rest)), rest);
+  }
+}
+
+template <typename T>
+inline void store_one(T* to, float value) {
+  store_part(to, broadcast(value), 1);
+}
+
+// An exponent bounded below, so that p·log p meets no 0·inf (Eq. 12).
+inline Floats bounded(Floats x) { return larger(broadcast(kLowestExponent), x); }
+
+// Eq. 1, 3 and 14 in one read from memory: per block a maximum, then a sum of exponentials. Sums
+// over blocks are in double precision.
+template <bool kEntropy, typename T>
+Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, float temperature) {
+  const float scale = kLog2E / temperature;
+  float top = kLowest;  // finite: a block of -inf meets no inf - inf
+  Doubles s = {}, r = {};
+  for (std::int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+    const std::int64_t end = std::min(begin + kBlock, vocabulary);
+    Floats high = broadcast(kLowest);
+    read(row, begin, end, [&](Floats z) { high = larger(z, high); });
+    const float new_top = largest(high);
+    if (new_top > top) {
+      const double gap = (double(new_top) - top) * scale, decay = std::exp2(-gap);
+      if (kEntropy) r = (r - gap * s) * decay;
+      s *= decay;
+      top = new_top;
+    }
+    Floats block_s = {}, block_r = {};
+    read(row, begin, end, [&](Floats z) {
+      const Floats x = bounded((z - top) * scale);
+      const Floats e = exp2(x);
+      block_s += e;
+      if (kEntropy) block_r = fma(e, x, block_r);
+    });
+    s += __builtin_convertvector(block_s, Doubles);
+    if (kEntropy) r += __builtin_convertvector(block_r, Doubles);
+  }
+  const double total = sum(s), log_total = std::log2(total);
+  Look look;
+  look.lse = float(double(top) * scale + log_total);
+  // A bad label reads nothing, and logits whose exponents overflow have no softmax.
+  const float z = label < vocabulary && std::isfinite(look.lse)
+                      ? load_part(row + label, 1)[0]
+                      : std::numeric_limits<float>::quiet_NaN();
+  look.logp = float(((double(z) - top) * scale - log_total) * kLn2);
+  look.entropy = kEntropy ? float((log_total - sum(r) / total) * kLn2) : 0.0f;
+  return look;
+}
+
+// Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
+template <bool kEntropy, typename T>
+void second_look(const T* row, T* grad_row, std::int64_t vocabulary, std::int64_t label,
+                 float temperature, const Look& look, float dlogp, float dentropy) {
+  const Floats scale = broadcast(kLog2E / temperature), minus_lse = broadcast(-look.lse);
+  dlogp /= temperature;
+  dentropy /= temperature;
+  const Floats minus_dlogp = broadcast(-dlogp), minus_dentropy = broadcast(-dentropy);
+  const Floats ln_2 = broadcast(float(kLn2)), entropy = broadcast(look.entropy);
+  transform(row, grad_row, vocabulary, [&](Floats z) {
+    const Floats log2_p = bounded(fma(z, scale, minus_lse));
+    Floats slope = minus_dlogp;
+    if (kEntropy) slope = fma(minus_dentropy, fma(log2_p, ln_2, entropy), slope);
+    return exp2(log2_p) * slope;
+  });
+  if (label < vocabulary) {
+    store_one(grad_row + label, label_slope(look.logp, look.entropy, dlogp, dentropy));
+  }
+}
+
+template <typename T, typename Body>
+void for_each_row(const Rows& rows, Body body) {
+  const T* logits = static_cast<const T*>(rows.logits);
+  T* dlogits = static_cast<T*>(rows.dlogits);
+  const std::int64_t tokens = rows.batch * rows.length;
+  const std::int64_t share = std::max<std::int64_t>(1, kShare / rows.vocabulary);
+  // Which thread takes a row changes nothing in it.
+#pragma omp parallel num_threads(rows.threads)
+  {
+    FlushToZero flush;
+#pragma omp for schedule(dynamic, share)
+    for (std::int64_t token = 0; token < tokens; ++token) {
+      const std::int64_t b = token / rows.length, t = token % rows.length;
+      const T* row = logits + b * rows.stride_batch + t * rows.stride_token;
+      T* grad_row = dlogits + b * rows.grad_stride_batch + t * rows.grad_stride_token;
+      body(token, row, grad_row);
+    }
+  }
+}
+
+template <typename T>
+void zero(T* row, std::int64_t vocabulary) {
+  std::memset(row, 0, vocabulary * sizeof(T));
+}
+
+template <bool kEntropy, typename T>
+void logps_forward_of(const Rows& rows, const LogpsForward& a) {
+  for_each_row<T>(rows, [&](std::int64_t i, const T* row, T*) {
+    Look look = {};
+    if (a.labels[i] >= 0) {
+      look = first_look<kEntropy>(row, rows.vocabulary, a.labels[i], a.temperature[i]);
+    }
+    a.logps[i] = look.logp;
+    a.lse[i] = look.lse;
+    if (kEntropy) a.entropy[i] = look.entropy;
+  });
+}
+
+template <bool kEntropy, typename T>
+void logps_backward_of(const Rows& rows, const LogpsBackward& a) {
+  for_each_row<T>(rows, [&](std::int64_t i, const T* row, T* grad_row) {
+    if (a.labels[i] < 0) return zero(grad_row, rows.vocabulary);
+    const Look look = {a.logps[i], a.lse[i], kEntropy ? a.entropy[i] : 0.0f};
+    second_look<kEntropy>(row, grad_row, rows.vocabulary, a.labels[i], a.temperature[i], look,
+                          a.grad_logps[i], kEntropy ? a.grad_entropy[i] : 0.0f);
+  });
+}
+
+template <bool kEntropy, typename T>
+void one_pass_of(const Rows& rows, const OnePass& a) {
+  for_each_row<T>(rows, [&](std::int64_t i, const T* row, T* grad_row) {
+    Look look = {};
+    if (a.labels[i] < 0) {
+      zero(grad_row, rows.vocabulary);
+    } else {
+      look = first_look<kEntropy>(row, rows.vocabulary, a.labels[i], a.temperature[i]);
+      Token token;
+      token.weight = a.weight[i];
+      token.old_logp = a.old_logps ? a.old_logps[i] : look.logp;
+      token.advantage = a.advantages[i];
+      token.variance_coef = a.variance_coef[i];
+      token.center = a.center[i];
+      token.ref_logp = a.ref_logps ? a.ref_logps[i] : 0.0f;
+      token.kl_coef = a.kl_coef;
+      token.clamp = a.log_ratio_clamp;
+      token.kl = a.kl;
+      second_look<kEntropy>(row, grad_row, rows.vocabulary, a.labels[i], a.temperature[i], look,
+                            loss_slope(look.logp, token),
+                            kEntropy ? -token.weight * a.entropy_coef : 0.0f);
+    }
+    a.logps[i] = look.logp;
+    if (kEntropy) a.entropy[i] = look.entropy;
+  });
+}
+
+template <typename T>
+void scale_of(const Rows& rows, float factor) {
+  for_each_row<T>(rows, [&](std::int64_t, const T* row, T* grad_row) {
+    transform(row, grad_row, rows.vocabulary, [&](Floats dz) { return dz * factor; });
+  });
+}
+
+// body(T{}) for the type of the logits.
+template <typename Body>
+void with_type(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::float32: return body(Float32{});
+    case Dtype::bfloat16: return body(BFloat16{});
+    case Dtype::float16: return body(Float16{});
+  }
+}
+
+void logps_forward(const Rows& rows, const LogpsForward& a) {
+  with_type(rows.dtype, [&](auto z) {
+    using T = decltype(z);
+    a.entropy ? logps_forward_of<true, T>(rows, a) : logps_forward_of<false, T>(rows, a);
+  });
+}
+
+void logps_backward(const Rows& rows, const LogpsBackward& a) {
+  with_type(rows.dtype, [&](auto z) {
+    using T = decltype(z);
+    a.entropy ? logps_backward_of<true, T>(rows, a) : logps_backward_of<false, T>(rows, a);
+  });
+}
+
+void one_pass(const Rows& rows, const OnePass& a) {
+  with_type(rows.dtype, [&](auto z) {
+    using T = decltype(z);
+    a.entropy ? one_pass_of<true, T>(rows, a) : one_pass_of<false, T>(rows, a);
+  });
+}
+
+void scale(const Rows& rows, float factor) {
+  with_type(rows.dtype, [&](auto z) { scale_of<decltype(z)>(rows, factor); });
+}
+
+void exp2_of(const float* in, float* out, std::int64_t count) {
+  const Float32* from = reinterpret_cast<const Float32*>(in);
+  transform(from, reinterpret_cast<Float32*>(out), count, [](Floats x) { return exp2(x); });
+}
+
+}  // namespace
+
+extern const Kernels R2VPO_KERNELS = {logps_forward, logps_backward, one_pass, scale, exp2_of};
+
+}  // namespace r2vpo

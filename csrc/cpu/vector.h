@@ -1,0 +1,198 @@
+// Vectors of floats as wide as the instruction set this file is compiled for, in the compilers'
+// portable vector extension (GCC and Clang).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace r2vpo {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef std::uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
+typedef double Doubles __attribute__((vector_size(8 * kLanes)));
+
+inline Floats broadcast(float x) { return x - Floats{}; }
+
+template <typename To, typename From>
+inline To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// a·b + c, in one rounding where the instruction set has it. Contraction is off elsewhere, so that
+// kernels that share a function give the same bits.
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger of each pair, and b where they do not compare.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline float largest(Floats x) {
+  float top = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) top = x[lane] > top ? x[lane] : top;
+  return top;
+}
+
+inline double sum(Doubles x) {
+  double total = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+  return total;
+}
+
+// Exponents below it are 0 to exp2. As a bound on them it is finite: -inf meets no 0·inf.
+constexpr float kLowestExponent = -127.0f;
+
+// 2^x for x from kLowestExponent to 1, within 1.5 ulp; 0 below -126.5; NaN for NaN. With x = n + f,
+// |f| <= 1/2, it is 2^n by its bits times a minimax polynomial of degree 6 in f, whose relative
+// error is 2.6e-9 before rounding.
+inline Floats exp2(Floats x) {
+  // Adding 1.5·2^23 rounds to a whole number, which then stands in the low bits; 127 is the bias.
+  const Floats shift = broadcast(12582912.0f + 127.0f);
+  const Floats shifted = x + shift;
+  const Floats f = x - (shifted - shift);
+  Floats p = broadcast(0x1.470b4ap-13f);
+  p = fma(p, f, broadcast(0x1.5f7276p-10f));
+  p = fma(p, f, broadcast(0x1.3b270ep-7f));
+  p = fma(p, f, broadcast(0x1.c6ae72p-5f));
+  p = fma(p, f, broadcast(0x1.ebfbe2p-3f));
+  p = fma(p, f, broadcast(0x1.62e432p-1f));
+  p = fma(p, f, broadcast(1.0f));
+  return p * bits_of<Floats>(bits_of<Words>(shifted) << 23);
+}
+
+// The three types of logits, as they lie in memory.
+struct Float32 {
+  float value;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+inline Floats load(const Float32* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+inline void store(Float32* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+
+inline Words load_bits(const void* from) {
+  HalfWords bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  // GCC 12 makes several instructions of the conversion where there is one.
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, Words);
+#endif
+}
+
+inline void store_bits(void* to, Words x) {
+  const HalfWords bits = __builtin_convertvector(x, HalfWords);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+inline Floats load(const BFloat16* from) { return bits_of<Floats>(load_bits(from) << 16); }
+
+inline void store(BFloat16* to, Floats x) {
+  const Words bits = bits_of<Words>(x);
+  // To nearest, ties to even; a NaN must not round to an infinity.
+  const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  store_bits(to, (x == x ? rounded : Words{} + 0x7fc00000) >> 16);
+}
+
+inline Floats load(const Float16* from) {
+  const Words bits = load_bits(from);
+  const Words magnitude = (bits & 0x7fff) << 13;
+  // The product moves the exponent from one bias to the other, subnormal numbers too.
+  const Words finite = bits_of<Words>(bits_of<Floats>(magnitude) * broadcast(0x1p112f));
+  const Words value = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000 : finite;
+  return bits_of<Floats>(value | ((bits & 0x8000) << 16));
+}
+
+inline void store(Float16* to, Floats x) {
+  const Words bits = bits_of<Words>(x);
+  const Words magnitude = bits & 0x7fffffff;
+  // From 2^-14 up: the bias moves, and 13 bits round away, to nearest, ties to even.
+  const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Below, a sum with 1/2 rounds to multiples of 2^-24, which then stand in the low bits.
+  const Floats half = broadcast(0.5f);
+  const Words subnormal = bits_of<Words>(bits_of<Floats>(magnitude) + half) - bits_of<Words>(half);
+  const Words special = magnitude > 0x7f800000u ? Words{} + 0x7e00 : Words{} + 0x7c00;
+  Words value = magnitude < (113u << 23) ? subnormal : normal;
+  value = magnitude >= (143u << 23) ? special : value;
+  store_bits(to, value | ((bits >> 16) & 0x8000));
+}
+
+// The first `count` lanes in memory; the others are -inf, which adds nothing to any sum here.
+template <typename T>
+inline Floats load_part(const T* from, std::int64_t count) {
+  T part[kLanes];
+  store(part, broadcast(-std::numeric_limits<float>::infinity()));
+  std::memcpy(part, from, count * sizeof(T));
+  return load(part);
+}
+
+template <typename T>
+inline void store_part(T* to, Floats x, std::int64_t count) {
+  T part[kLanes];
+  store(part, x);
+  std::memcpy(to, part, count * sizeof(T));
+}
+
+// Results too small for a normal number become 0 while this lives: on x86 each would cost some 150
+// cycles. What is read keeps its meaning.
+class FlushToZero {
+ public:
+#if defined(__x86_64__)
+  FlushToZero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+}  // namespace
+}  // namespace r2vpo

@@ -1,0 +1,39 @@
+"""`python -m r2vpo_kernels`: versions, the backends found, and why another was not."""
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import ops
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    print(f"r2vpo_kernels {_version('r2vpo_kernels')}")
+    print(f"python {platform.python_version()}, {platform.machine()}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    print(f"triton {_version('triton')}")
+    if "cpp" in ops.KERNELS:
+        cpp = ops.KERNELS["cpp"]
+        sets = " < ".join(cpp.INSTRUCTION_SETS)
+        print(f"cpp {cpp.build_report()}; here {cpp.INSTRUCTION_SET} (of {sets})")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        print(f"cuda {torch.cuda.get_device_name()}")
+    for device in devices:
+        logits = torch.empty(1, 1, 1, device=device)
+        print(f"\nbackends for {device} tensors (auto: {ops.choose_backend('auto', logits)})")
+        for backend in ops.BACKENDS[1:]:
+            print(f"  {backend:8}{ops.why_not(backend, logits) or 'available'}")
+
+
+if __name__ == "__main__":
+    main()

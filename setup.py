@@ -1,0 +1,152 @@
+"""Builds the C++ kernels, and CUDA ones where there are sources and nvcc, through ninja.
+
+No torch is needed, and no extension is required: where one cannot be built the package installs
+without it, and `python -m r2vpo_kernels` says what was missing.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+# Contraction is by hand, so that kernels that share a function give the same bits; infinities and
+# NaN are values like any other.
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno "
+    "-fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
+)
+NVCC_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
+CUDA_TARGETS = ("80", "90a", "100a")
+# One object of the kernels for each instruction set, with its flags; chosen between at run time.
+INSTRUCTION_SETS = {"baseline": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
+    INSTRUCTION_SETS["avx512"] = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+
+NINJA = """
+rule cxx
+  command = {cxx} -MMD -MF $out.d {flags} $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = {nvcc} -MMD -MF $out.d {nvcc_flags} -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {cxx} -shared -fopenmp {link_flags} $in -o $out
+rule nvcc_link
+  command = {nvcc} -shared -cudart static $in -o $out
+"""
+
+
+class CannotBuild(Exception):
+    pass
+
+
+def find_compiler():
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+    for name in names:
+        if shutil.which(name.split()[0]):
+            return name
+    raise CannotBuild(f"no C++ compiler was found (looked for {', '.join(names)})")
+
+
+def backend_of(extension):
+    return extension.name.rpartition("._")[2]
+
+
+def objects_of(extension):
+    """(object, rule, source, flags) of each object that an extension is linked from."""
+    for source in map(Path, extension.sources):
+        stem = "_".join(source.relative_to(CSRC).with_suffix("").parts)
+        if source.name == "rows.cpp":
+            for name, flags in INSTRUCTION_SETS.items():
+                yield f"{stem}_{name}.o", "cxx", source, f"{flags} -DR2VPO_KERNELS=kernels_{name}"
+        else:
+            yield f"{stem}.o", "nvcc" if source.suffix == ".cu" else "cxx", source, ""
+
+
+class BuildWithNinja(build_ext):
+    def run(self):
+        self.report, self.unbuilt = {}, set()
+        super().run()
+        # Beside the extensions, which an editable installation has in the source tree.
+        root = Path() if self.inplace else Path(self.build_lib)
+        folder = root / "r2vpo_kernels" / "backends"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build_report.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        for ext in self.extensions:
+            if backend_of(ext) not in self.unbuilt:
+                continue
+            # One from an earlier build would not fit these sources.
+            (folder / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
+
+    def build_extension(self, ext):
+        name = backend_of(ext)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        try:
+            self.report[name] = self.compile(ext, target)
+        except CannotBuild as error:
+            self.unbuilt.add(name)
+            self.report[name] = f"not built: {error}"
+        print(f"r2vpo_kernels: the {name} backend: {self.report[name]}", file=sys.stderr)
+
+    def compile(self, ext, target):
+        compiler = find_compiler()
+        try:
+            import ninja  # noqa: F401
+            import pybind11
+        except ImportError as error:
+            raise CannotBuild(f"the build needs {error.name}, which is not installed") from None
+        includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        flags = [FLAGS, *(f"-isystem {path}" for path in includes), os.environ.get("CXXFLAGS", "")]
+        targets = (f"-gencode arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS)
+        nvcc_flags = [NVCC_FLAGS, *targets, *(f"-isystem {path}" for path in includes)]
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines = [
+            NINJA.format(
+                cxx=compiler,
+                flags=" ".join(flags),
+                nvcc=shutil.which("nvcc"),
+                nvcc_flags=" ".join(nvcc_flags),
+                link_flags=os.environ.get("LDFLAGS", ""),
+            )
+        ]
+        objects = list(objects_of(ext))
+        for output, rule, source, own in objects:
+            lines += [f"build {output}: {rule} {source.resolve()}", f"  flags = {own}"]
+        link = "nvcc_link" if any(rule == "nvcc" for _, rule, *_ in objects) else "link"
+        lines.append(f"build {target}: {link} {' '.join(output for output, *_ in objects)}")
+        script = folder / f"{ext.name}.ninja"
+        script.write_text("\n".join(lines) + "\n")
+        command = [sys.executable, "-m", "ninja", "-C", str(folder), "-f", script.name]
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(run.stdout)
+        if run.returncode:
+            errors = [line for line in run.stdout.splitlines() if "error" in line.lower()]
+            raise CannotBuild(f"{compiler} failed: {(errors or run.stdout.splitlines())[0]}")
+        version = subprocess.check_output([*compiler.split(), "--version"], text=True)
+        return f"built by {version.splitlines()[0]} for {', '.join(INSTRUCTION_SETS)}"
+
+
+def extension(name, sources):
+    sources = sorted(str(source) for source in sources)
+    return Extension(f"r2vpo_kernels.backends._{name}", sources, optional=True)
+
+
+extensions = [extension("cpp", [CSRC / "bind.cpp", *CSRC.glob("cpu/*.cpp")])]
+cuda_sources = [*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")]
+if cuda_sources and shutil.which("nvcc"):
+    extensions.append(extension("cuda", cuda_sources))
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildWithNinja})
