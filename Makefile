@@ -3,13 +3,30 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: test demo lint clean
+.PHONY: test demo bench gpu sanitize lint clean
 
 test: $(VENV)/ready
 	$(RUN) -m pytest
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_tiny.py
+
+bench: $(VENV)/ready
+	$(RUN) benchmarks/loss.py
+
+# With the torch that is there, if any: that of a machine with a GPU fits it, and needs no network.
+gpu:
+	if $(PYTHON) -c "import torch"; then $(PYTHON) benchmarks/gpu.py; \
+	else $(MAKE) $(VENV)/ready && $(RUN) benchmarks/gpu.py; fi
+
+# The C++ kernels and their tests under AddressSanitizer and UBSan.
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(VENV)/ready
+	CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" $(RUN) setup.py --quiet build \
+		--build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitize/lib $(VENV)/bin/pytest -k "cpp and not compile"
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .

@@ -51,7 +51,7 @@ def why_not(backend: str, logits: Tensor) -> str | None:
 
 
 def choose_backend(name: str, logits: Tensor) -> str:
-    """The backend to run: `auto` takes Triton on a GPU, C++ on a CPU, and eager where they can't."""
+    """The backend to run; `auto`: Triton on a GPU, C++ on a CPU, eager where they cannot."""
     if not (isinstance(name, str) and name in BACKENDS):
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if name == "auto":
@@ -156,9 +156,9 @@ def _check_arguments(
             shape = (0,)
         dtype = torch.int64 if name == "labels" else torch.float32
         expected = (dtype, logits.device, shape, True)
-        got = (value.dtype, value.device, tuple(value.shape), value.is_contiguous())
-        if got != expected:
-            raise ValueError(f"{name}: got {_described(*got)}, expected {_described(*expected)}")
+        came = (value.dtype, value.device, tuple(value.shape), value.is_contiguous())
+        if came != expected:
+            raise ValueError(f"{name}: got {_described(*came)}, expected {_described(*expected)}")
 
 
 def _described(dtype, device, shape, contiguous):

@@ -190,8 +190,8 @@ def test_a_row_of_weight_zero_is_not_read(kernels):
     """Its memory may not even be readable: a look at it would end the process."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", UNREADABLE, kernels], cwd=Path(__file__).parent.parent, env=environment,
-        capture_output=True, text=True,
+        [sys.executable, "-c", UNREADABLE, kernels], cwd=Path(__file__).parent.parent,
+        env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.stdout.strip() == "read nothing", run.stderr
 

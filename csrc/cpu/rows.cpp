@@ -121,7 +121,7 @@ void for_each_row(const Rows& rows, Body body) {
   // Which thread takes a row changes nothing in it.
 #pragma omp parallel num_threads(rows.threads)
   {
-    FlushToZero flush;
+    [[maybe_unused]] FlushToZero flush;
 #pragma omp for schedule(dynamic, share)
     for (std::int64_t token = 0; token < tokens; ++token) {
       const std::int64_t b = token / rows.length, t = token % rows.length;

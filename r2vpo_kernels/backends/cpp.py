@@ -1,4 +1,4 @@
-"""The C++ kernels for CPU tensors (csrc/): log-probs forward, log-probs backward, one-pass, scaling.
+"""C++ kernels over logits on a CPU (csrc/): log-probs forward and backward, one-pass, scaling.
 
 The launchers take what those of triton_kernels.py take, already checked, and hand over addresses
 and sizes. What an address stands for stays alive in the caller's frame.

@@ -1,0 +1,293 @@
+"""Who is measured: ours by backend and route, eager torch, torch.compile, and two peers on a GPU.
+
+Each contender is a function from logits (B, T, V) and a `Task` to a scalar loss, or to log-probs
+where it has no backward, with the objective that it is held to and the bytes that it must move.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2vpo_kernels import ops, r2vpo_loss, r2vpo_loss_from_logps, token_logps
+
+
+@dataclass(frozen=True)
+class Task:
+    """What comes with the logits. L is T, or T - 1 where last positions have no label."""
+
+    labels: Tensor  # (B, L)
+    old_logps: Tensor  # (B, L)
+    advantages: Tensor  # (B,)
+    variance_coef: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides how many bytes move: rows with and without a label, V, bytes per logit."""
+
+    scored: int
+    unscored: int
+    vocabulary: int
+    itemsize: int
+
+    @property
+    def read(self) -> int:
+        """All logits that count, once."""
+        return self.scored * self.vocabulary * self.itemsize
+
+    @property
+    def written(self) -> int:
+        """The gradient, once: of a row without a label it is zeros."""
+        return (self.scored + self.unscored) * self.vocabulary * self.itemsize
+
+
+Function = Callable[[Tensor, Task], Tensor]
+# (forward, backward)
+Bytes = Callable[[Sizes], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to the loss and its gradient.
+
+    name: what tables call it.
+    make: returns the function; called once, after `why_not` said nothing.
+    bytes_moved: traffic with main memory by formula.
+    why_not: why it cannot take these logits, or None.
+    ours: held to the error budget of the tests; others to a multiple of eager torch's error.
+    variance_coef: λ of the objective that it computes.
+    forward_only: returns log-probs, without a gradient.
+    overwrites: the logits' memory holds the gradient afterwards.
+    skips_last: gives the last position of a sequence no label.
+    """
+
+    name: str
+    make: Callable[[], Function]
+    bytes_moved: Bytes
+    why_not: Callable[[Tensor], str | None] = lambda logits: None
+    ours: bool = False
+    variance_coef: float = 2.5
+    forward_only: bool = False
+    overwrites: bool = False
+    skips_last: bool = False
+
+
+# Plain torch.
+
+
+def plain_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.log_softmax(logits.float(), -1).gather(-1, labels[..., None])[..., 0]
+
+
+def plain_objective(logps: Tensor, task: Task) -> Tensor:
+    ratio = (logps - task.old_logps).exp()
+    penalty = task.variance_coef * (ratio - 1) ** 2
+    return (-task.advantages[:, None] * ratio + penalty).mean()
+
+
+def plain_loss(logits: Tensor, task: Task) -> Tensor:
+    return plain_objective(plain_logps(logits, task.labels), task)
+
+
+def compiled_loss() -> Function:
+    # dynamic=False: each shape of the grid gets code of its own, as a fixed shape in training does.
+    compiled = torch.compile(_plain_loss_of_tensors, dynamic=False)
+
+    def loss(logits: Tensor, task: Task) -> Tensor:
+        return compiled(logits, task.labels, task.old_logps, task.advantages, task.variance_coef)
+
+    return loss
+
+
+def _plain_loss_of_tensors(
+    logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor, variance_coef: float
+) -> Tensor:
+    return plain_loss(logits, Task(labels, old_logps, advantages, variance_coef))
+
+
+def plain_logps_bytes(sizes: Sizes) -> tuple[int, int]:
+    """Each op reads and writes a tensor once; what is per token is left out.
+
+    To float32: e + 4 per logit, nothing where they are. Log-softmax: 4 + 4.
+    """
+    count = sizes.scored * sizes.vocabulary
+    cast = sizes.itemsize + 4 if sizes.itemsize != 4 else 0
+    return count * (cast + 8), 0
+
+
+def plain_bytes(sizes: Sizes) -> tuple[int, int]:
+    """Backward: gather fills a float32 tensor of zeros (4), log-softmax reads it and its own output
+    and writes (12), and from float32 back (4 + e).
+    """
+    count = sizes.scored * sizes.vocabulary
+    cast = 4 + sizes.itemsize if sizes.itemsize != 4 else 0
+    return plain_logps_bytes(sizes)[0], count * (16 + cast)
+
+
+def compiled_bytes(sizes: Sizes) -> tuple[int, int]:
+    """Read off the C++ that torch 2.13 generates; a later release, or a GPU, may do better.
+
+    Forward: the logits for the maximum, and once more for the sum. Backward: float32 zeros for
+    gather's gradient (4), read again (4) with the logits, and the gradient written.
+    """
+    count = sizes.scored * sizes.vocabulary
+    return 2 * sizes.read, 8 * count + sizes.read + sizes.written
+
+
+# Ours: Eq. 15 of DERIVATION.md.
+
+
+def no_grad_bytes(sizes: Sizes) -> tuple[int, int]:
+    return sizes.read, 0
+
+
+def one_pass_bytes(sizes: Sizes) -> tuple[int, int]:
+    return sizes.read + sizes.written, 0
+
+
+def general_bytes(sizes: Sizes) -> tuple[int, int]:
+    """Also of the peers, whose backward finds the softmax again from the logits."""
+    return sizes.read, sizes.read + sizes.written
+
+
+def ours(backend: str) -> list[Contender]:
+    """The routes of one backend. The general one is reached by way of the log-probs."""
+
+    def one_pass(logits: Tensor, task: Task, inplace: bool = False) -> Tensor:
+        return r2vpo_loss(
+            logits, task.labels, task.old_logps, task.advantages, backend=backend,
+            variance_coef=task.variance_coef, inplace=inplace,
+        ).loss  # fmt: skip
+
+    def in_place(logits: Tensor, task: Task) -> Tensor:
+        return one_pass(logits, task, inplace=True)
+
+    def general(logits: Tensor, task: Task) -> Tensor:
+        logps = token_logps(logits, task.labels, backend=backend)
+        return r2vpo_loss_from_logps(
+            logps, task.old_logps, task.advantages, variance_coef=task.variance_coef
+        ).loss
+
+    def log_probs(logits: Tensor, task: Task) -> Tensor:
+        return token_logps(logits, task.labels, backend=backend)
+
+    def why_not(logits: Tensor) -> str | None:
+        if os.environ.get("TRITON_INTERPRET") == "1" and backend == "triton":
+            return "times in Triton's interpreter mean nothing"
+        return ops.why_not(backend, logits)
+
+    def why_not_one_pass(logits: Tensor) -> str | None:
+        if logits.dtype == torch.float16:
+            return "float16 takes the general route"
+        return why_not(logits)
+
+    return [
+        Contender(
+            f"{backend} one-pass", lambda: one_pass, one_pass_bytes, why_not_one_pass, ours=True
+        ),
+        Contender(
+            f"{backend} in place", lambda: in_place, one_pass_bytes, why_not_one_pass, ours=True,
+            overwrites=True,
+        ),
+        Contender(f"{backend} general", lambda: general, general_bytes, why_not, ours=True),
+        Contender(
+            f"{backend} log-probs", lambda: log_probs, no_grad_bytes, why_not, ours=True,
+            forward_only=True,
+        ),
+    ]  # fmt: skip
+
+
+# Peers.
+
+
+def _needs(*packages: str) -> Callable[[Tensor], str | None]:
+    def why_not(logits: Tensor) -> str | None:
+        if not logits.is_cuda:
+            return f"it runs on a GPU, and logits are on {logits.device}"
+        for package in packages:
+            # find_spec of a top-level name imports nothing.
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed (benchmarks/requirements.txt)"
+        return None
+
+    return why_not
+
+
+def liger_loss() -> Function:
+    """Liger's `triton_grpo_loss`: PPO's clip, here with bounds that no ratio reaches and β = 0.
+
+    It wants one advantage per sequence and (B, T, V) logits whose last position has no label;
+    `inplace` is its own default. Imports torch, triton and packaging, not transformers.
+    """
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    def loss(logits: Tensor, task: Task) -> Tensor:
+        value, _ = triton_grpo_loss(
+            logits, task.old_logps, None, task.labels, task.advantages,
+            temperature=1.0, beta=0.0, eps_low=1.0, eps_high=1e9, loss_type="dapo", inplace=True,
+            reduce=True,
+        )  # fmt: skip
+        return value
+
+    return loss
+
+
+def trl_loss() -> Function:
+    """TRL's `selective_log_softmax_and_entropy`, the plain objective on top of its log-probs."""
+    kernel = _trl_kernels().selective_log_softmax_and_entropy
+
+    def loss(logits: Tensor, task: Task) -> Tensor:
+        logps, _ = kernel(logits, task.labels)
+        return plain_objective(logps, task)
+
+    return loss
+
+
+@cache
+def _trl_kernels() -> Any:
+    """The file that holds the kernels, by itself: it needs torch and triton, where the package
+    around it imports transformers.
+    """
+    package = importlib.util.find_spec("trl")
+    assert package is not None and package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0]) / "kernels" / "logprob_entropy.py"
+    spec = importlib.util.spec_from_file_location("trl_logprob_entropy", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def contenders() -> list[Contender]:
+    """All of them, whether or not they can run here."""
+    result = []
+    for backend in ops.BACKENDS:
+        if backend not in ("auto", "eager"):
+            result += ours(backend)
+    return [
+        *result,
+        Contender("eager", lambda: plain_loss, plain_bytes),
+        Contender(
+            "eager log-probs",
+            lambda: lambda logits, task: plain_logps(logits, task.labels),
+            plain_logps_bytes,
+            forward_only=True,
+        ),
+        Contender("torch.compile", compiled_loss, compiled_bytes),
+        Contender(
+            "Liger GRPO", liger_loss, general_bytes, _needs("liger_kernel", "packaging"),
+            variance_coef=0.0, overwrites=True, skips_last=True,
+        ),
+        Contender("TRL log-probs + loss", trl_loss, general_bytes, _needs("trl")),
+    ]  # fmt: skip

@@ -1,0 +1,176 @@
+"""What `gpu.py` runs in processes of their own, some of them under a tool.
+
+    python benchmarks/gpu_work.py recompilations|syncs|sanitize|traffic
+
+The first two print a JSON object as their last line; the others are watched from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from r2vpo_kernels import VarianceConstraint, r2vpo_loss, token_logps
+
+DEVICE = "cuda"
+ROUTES: dict[str, dict[str, Any]] = {
+    "one-pass": {},
+    "in place": {"inplace": True},
+    "entropy and KL": {"entropy_coef": 0.1, "kl_coef": 0.1},
+    "group": {"center": "group", "group_size": 2},
+    "sequence": {"ratio_level": "sequence", "reduction": "seq-mean-token-mean"},
+    "none": {"reduction": "none"},
+}
+# Tokens and vocabulary whose DRAM bytes are counted, and the launches in their order, each with the
+# bytes per bfloat16 logit that Eq. 15 gives.
+TRAFFIC_SHAPE = (8, 512, 151936)
+TRAFFIC = [
+    ("log-probs without grad", "logps_forward_kernel", 2.0),
+    ("one-pass", "one_pass_kernel", 4.0),
+    ("one-pass, backward", "scale_kernel", 0.0),
+    ("in place", "one_pass_kernel", 4.0),
+    ("in place, backward", "scale_kernel", 0.0),
+    ("general, forward", "logps_forward_kernel", 2.0),
+    ("general, backward", "logps_backward_kernel", 4.0),
+]
+
+
+def draw(batch: int, length: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(logits, labels, old_logps, advantages), with a masked token where there are several."""
+    logits = torch.empty(batch, length, vocabulary, dtype=dtype, device=DEVICE).normal_(0, 3)
+    labels = torch.randint(0, vocabulary, (batch, length), device=DEVICE)
+    if labels.numel() > 1:
+        labels[0, 0] = -100
+    old_logps = torch.full((batch, length), -12.0, device=DEVICE)
+    return logits, labels, old_logps, torch.randn(batch, device=DEVICE)
+
+
+def call(
+    logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor, **keywords: Any
+) -> Any:
+    """Forward, and backward with an upstream gradient other than 1."""
+    out = r2vpo_loss(
+        logits, labels, old_logps, advantages, backend="triton",
+        ref_logps=old_logps - 0.1 if "kl_coef" in keywords else None, **keywords,
+    )  # fmt: skip
+    (out.loss.sum() * 0.5).backward()
+    return out
+
+
+def recompilations() -> dict[str, Any]:
+    """What each variant compiled at its first call, and what anything after that added."""
+    from r2vpo_kernels.backends import triton_kernels
+
+    kernels = [k for name, k in vars(triton_kernels).items() if name.endswith("_kernel")]
+
+    def compiled() -> int:
+        device = torch.cuda.current_device()
+        # Of a device's entry in Triton's cache, the first part is what was compiled.
+        return sum(len(k.device_caches[device][0]) for k in kernels if hasattr(k, "device_caches"))
+
+    found: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for vocabulary in (151936, 50257):
+            for route, keywords in ROUTES.items():
+                counts = [compiled()]
+                for step, (batch, length) in enumerate(((2, 3), (1, 1), (1, 16), (4, 17))):
+                    logits, *rest = draw(batch, length, vocabulary, dtype)
+                    number = 1 + step / 4
+                    varied = {k: x * number for k, x in keywords.items() if k.endswith("_coef")}
+                    grouped = {"group_size": 1} if "group_size" in keywords else {}
+                    call(
+                        logits.requires_grad_() * 1, *rest,
+                        **(keywords | varied | grouped), temperature=number, variance_coef=number,
+                    )  # fmt: skip
+                    counts.append(compiled())
+                name = f"{str(dtype).removeprefix('torch.')} {vocabulary} {route}"
+                found[name] = {"first": counts[1] - counts[0], "later": counts[-1] - counts[1]}
+    return {"ok": all(x["later"] == 0 for x in found.values()), "variants": found}
+
+
+def syncs() -> dict[str, Any]:
+    """Host synchronisations in loss, backward, metrics and a step of the dual, by route."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        for route, keywords in ROUTES.items():
+            constraint = VarianceConstraint(0.02, device=DEVICE)
+            logits, *rest = draw(4, 8, 50257, dtype)
+            leaf = logits.requires_grad_()
+
+            def once(
+                leaf: Tensor = leaf,
+                rest: list[Tensor] = rest,
+                constraint: VarianceConstraint = constraint,
+                keywords: dict[str, Any] = keywords,
+            ) -> None:
+                out = call(leaf * 1, *rest, variance_coef=constraint.coef, **keywords)
+                out.metrics()
+                constraint.step(out.stats)
+
+            once()
+            torch.cuda.synchronize()
+            # One mode counts; the other stops at the first, which no warning filter can hide.
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                once()
+            count = sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+            error = ""
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                once()
+            except RuntimeError as raised:
+                error = str(raised).partition("\n")[0]
+            torch.cuda.set_sync_debug_mode("default")
+            name = f"{str(dtype).removeprefix('torch.')} {route}"
+            found[name] = {"count": count, "error": error}
+    ok = all(x == {"count": 0, "error": ""} for x in found.values())
+    return {"ok": ok, "routes": found}
+
+
+def sanitize() -> None:
+    """Each kernel on rows of one block and of several, aligned or not, strided, in place."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for vocabulary in (333, 20016):
+            for route in ("one-pass", "in place", "entropy and KL", "group"):
+                if dtype == torch.float16 and route != "group":
+                    continue
+                for strided in (False, True):
+                    logits, labels, old_logps, advantages = draw(2, 4, vocabulary, dtype)
+                    logits = logits.requires_grad_() * 1
+                    if strided:
+                        logits, labels, old_logps = (x[:, :-1] for x in (logits, labels, old_logps))
+                    call(logits, labels, old_logps, advantages, **ROUTES[route])
+    torch.cuda.synchronize()
+
+
+def traffic() -> None:
+    """The launches of TRAFFIC, in that order."""
+    logits, labels, old_logps, advantages = draw(*TRAFFIC_SHAPE, torch.bfloat16)
+    labels[0, 0] = 0
+    leaf = logits.requires_grad_()
+    with torch.no_grad():
+        token_logps(leaf, labels, backend="triton")
+    for keywords in ROUTES["one-pass"], ROUTES["in place"], ROUTES["group"]:
+        logits = leaf * 1
+        out = r2vpo_loss(
+            logits, labels, old_logps, advantages, backend="triton", **keywords
+        )  # fmt: skip
+        torch.autograd.grad(out.loss, logits)
+    torch.cuda.synchronize()
+
+
+WORK = {"recompilations": recompilations, "syncs": syncs, "sanitize": sanitize, "traffic": traffic}
+
+if __name__ == "__main__":
+    result = WORK[sys.argv[1]]()
+    if result is not None:
+        print(json.dumps(result))

@@ -1,0 +1,346 @@
+"""Time the loss from logits and its gradient, contenders side by side.
+
+    python benchmarks/loss.py                    # the short grid: 256 tokens, two vocabularies
+    python benchmarks/loss.py --full             # four vocabularies, several numbers of tokens
+    python benchmarks/loss.py --n 512 --v 128256 --contenders eager torch.compile
+
+Each contender must agree with the float64 truth at the shape in question before it is timed.
+Logits come from a stand-in for the model that hands out buffers in turn, together larger than the
+cache, and drops the gradient. Writes loss.csv and loss.png into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+# From the checkout, installed or not.
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from contenders import Contender, Function, Sizes, Task, contenders  # noqa: E402
+from measure import (  # noqa: E402
+    MOST_STEPS,
+    Spread,
+    Stopwatch,
+    copy_times,
+    environment,
+    how_many_buffers,
+    peak_memory,
+)
+from parity import Exact, check, find_exact, make_task  # noqa: E402
+
+SHORT = {"n": [256], "v": [32000, 151936]}
+FULL = {"v": [32000, 128256, 151936, 262144]}
+FULL_N = {"cpu": [256, 1024], "cuda": [1024, 8192, 16384]}
+# Bytes per logit that must stay free beside the buffers: eager torch needs 14 at its peak.
+SCRATCH = 20
+WARM_UPS = 2
+
+Row = dict[str, Any]
+COLUMNS = [
+    "n", "v", "dtype", "contender", "status", "budget_used", "rms_over_eager",
+    "forward_ms", "forward_iqr_ms", "backward_ms", "backward_iqr_ms", "both_ms", "both_iqr_ms",
+    "host_ms", "peak_bytes", "bytes_forward", "bytes_backward", "gb_per_s", "share_of_copy",
+    "samples", "buffers",
+]  # fmt: skip
+
+
+class _Model(torch.autograd.Function):
+    """Logits that require grad and are no leaf, without a copy; their gradient is kept aside."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, buffer: list[Tensor], gradients: list[Tensor]) -> Tensor:
+        ctx.gradients = gradients
+        # Not a tensor argument: autograd would make a view of it.
+        return buffer[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        # Freed by whoever timed the step, after the clock has stopped.
+        ctx.gradients.append(gradient)
+        return None, None, None
+
+
+def step(
+    contender: Contender, function: Function, buffer: Tensor, task: Task, watch: Stopwatch
+) -> tuple[Tensor, Tensor | None]:
+    """One forward and backward under the watch: (value, gradient)."""
+    if contender.forward_only:
+        with torch.no_grad():
+            watch.start()
+            value = function(buffer, task)
+            watch.mark()
+        return value, None
+    gradients: list[Tensor] = []
+    anchor = torch.zeros((), device=buffer.device, requires_grad=True)
+    logits = _Model.apply(anchor, [buffer], gradients)
+    watch.start()
+    value = function(logits, task)
+    watch.mark()
+    value.backward()
+    watch.mark()
+    return value.detach(), gradients[0]
+
+
+def measure(
+    contender: Contender,
+    pristine: Tensor,
+    buffers: list[Tensor],
+    task: Task,
+    exact: Exact,
+    rounds: int,
+) -> Row:
+    """Parity, then peak memory, then times: a row without what the copy gives."""
+    watch = Stopwatch(pristine.device)
+    function = contender.make()
+
+    def refill(these: list[Tensor]) -> None:
+        if contender.overwrites:
+            for buffer in these:
+                buffer.copy_(pristine)
+
+    value, gradient = step(contender, function, buffers[0], task, watch)
+    parity = check(contender, exact, value, gradient)
+    row = {"budget_used": parity.used, "rms_over_eager": parity.against_eager}
+    del value, gradient
+    refill(buffers)
+    if parity.faults:
+        return row | {"status": "wrong: " + "; ".join(parity.faults)}
+    row["peak_bytes"] = peak_memory(
+        lambda: step(contender, function, buffers[0], task, watch), pristine.device
+    )
+    refill(buffers)
+    for i in range(WARM_UPS):
+        step(contender, function, buffers[i], task, watch)
+
+    forward, backward, host = [], [], []
+    for n in range(rounds):
+        first = n * MOST_STEPS % len(buffers)
+        turn = buffers[first:] + buffers[:first]
+        # All of them: when the first is timed it has left the cache again.
+        refill(turn)
+        for buffer in turn[:MOST_STEPS]:
+            results = step(contender, function, buffer, task, watch)
+            laps = watch.laps()
+            host.append(watch.host)
+            forward.append(laps[0])
+            backward += laps[1:]
+            del results
+    refill(buffers)
+    row |= {"status": "timed", "samples": len(forward)}
+    timed = {"forward": forward, "both": forward}
+    if backward:
+        timed |= {"backward": backward}
+        timed["both"] = [f + b for f, b in zip(forward, backward, strict=True)]
+    for name, samples in timed.items():
+        spread = Spread.of(samples)
+        row |= {f"{name}_ms": spread.median, f"{name}_iqr_ms": spread.iqr}
+    if pristine.is_cuda:
+        row["host_ms"] = Spread.of(host).median
+    return row
+
+
+def cell(
+    n: int, v: int, dtype: torch.dtype, device: torch.device, entrants: list[Contender], rounds: int
+) -> list[Row]:
+    """All entrants at one shape."""
+    # Code compiled for the shapes before is in no one's way.
+    torch._dynamo.reset()
+    base = {"n": n, "v": v, "dtype": str(dtype).removeprefix("torch.")}
+    size = n * v * dtype.itemsize
+    count = how_many_buffers(size, SCRATCH * n * v, device)
+    if count == 0:
+        return [base | {"contender": c.name, "status": "no: too little memory"} for c in entrants]
+    sequences = next(b for b in (8, 4, 2, 1) if n % b == 0 and n // b >= 2)
+    pristine = torch.empty(sequences, n // sequences, v, dtype=dtype, device=device)
+    pristine.normal_(0, 3, generator=torch.Generator(device).manual_seed(0))
+    buffers = [pristine.clone() for _ in range(count)]
+
+    copy, clone = copy_times(buffers, rounds)
+    per_ms = 2 * size / copy.median
+    rows: list[Row] = []
+    for name, spread in (("copy", copy), ("clone", clone)):
+        rows.append(
+            base
+            | {
+                "contender": name, "status": "timed", "both_ms": spread.median,
+                "both_iqr_ms": spread.iqr, "bytes_forward": 2 * size,
+                "gb_per_s": 2 * size / spread.median / 1e6,
+                "share_of_copy": copy.median / spread.median, "buffers": count,
+            }
+        )  # fmt: skip
+
+    # One truth for each objective.
+    prepared: dict[tuple[float, bool], tuple[Task, Exact]] = {}
+    for contender in entrants:
+        row = base | {"contender": contender.name, "buffers": count}
+        why_not = contender.why_not(pristine)
+        if why_not is not None:
+            rows.append(row | {"status": f"no: {why_not}"})
+            continue
+        kind = contender.variance_coef, contender.skips_last
+        if kind not in prepared:
+            task = make_task(pristine, *kind)
+            prepared[kind] = task, find_exact(pristine, task)
+        task, exact = prepared[kind]
+        started = time.perf_counter()
+        try:
+            row |= measure(contender, pristine, buffers, task, exact, rounds)
+        except torch.OutOfMemoryError:
+            row["status"] = "no: out of memory"
+        except Exception as error:
+            row["status"] = f"failed: {type(error).__name__}: {error}"
+            print(f"{contender.name}: {error}", file=sys.stderr)
+        scored = task.labels.numel()
+        sizes = Sizes(scored, n - scored, v, dtype.itemsize)
+        row["bytes_forward"], row["bytes_backward"] = contender.bytes_moved(sizes)
+        if row["status"] == "timed":
+            rate = (row["bytes_forward"] + row["bytes_backward"]) / row["both_ms"]
+            row |= {"gb_per_s": rate / 1e6, "share_of_copy": rate / per_ms}
+        if row["status"] != "timed":
+            # What an exception left behind, in memory or in a buffer.
+            for buffer in buffers:
+                buffer.copy_(pristine)
+        print(
+            f"  {contender.name}: {row['status'].partition(':')[0]}, "
+            f"{time.perf_counter() - started:.0f} s",
+            file=sys.stderr,
+        )
+        rows.append(row)
+    return rows
+
+
+def write_csv(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *machine], restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            shown = {k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()}
+            writer.writerow(shown | machine)
+
+
+def show(rows: list[Row]) -> None:
+    """A table of one cell."""
+    first = rows[0]
+    print(f"\n{first['n']} tokens, vocabulary {first['v']}, {first['dtype']}")
+    print(
+        f"{'':22}{'forward ms':>16}{'backward ms':>16}{'both ms':>18}{'peak MB':>9}"
+        f"{'B/logit':>8}{'GB/s':>8}{'copy':>6}  {'budget':>6} {'eager':>5}"
+    )
+
+    def spread(row: Row, name: str) -> str:
+        if f"{name}_ms" not in row:
+            return ""
+        return f"{row[f'{name}_ms']:.4g} ±{row[f'{name}_iqr_ms']:.2g}"
+
+    for row in rows:
+        if row["status"] != "timed":
+            print(f"{row['contender']:22}  {row['status']}")
+            continue
+        count = row["n"] * row["v"]
+        peak = row.get("peak_bytes")
+        traffic = (row["bytes_forward"] + row.get("bytes_backward", 0)) / count
+        parity = ""
+        if "budget_used" in row:
+            parity = f"{row['budget_used']:6.2f} {row['rms_over_eager']:5.2f}"
+        print(
+            f"{row['contender']:22}{spread(row, 'forward'):>16}{spread(row, 'backward'):>16}"
+            f"{spread(row, 'both'):>18}{'' if peak is None else f'{peak / 1e6:.0f}':>9}"
+            f"{traffic:8.3g}{row['gb_per_s']:8.3g}{row['share_of_copy']:6.2f}  {parity}"
+        )
+
+
+LEGEND = """
+ms: median ± interquartile range. peak: memory above what was there before. B/logit, GB/s: by
+formula. copy: that rate over the rate of `dst.copy_(src)`. budget: the largest share of the error
+budget used. eager: RMS error of the gradient (or log-probs) over that of plain torch."""
+
+
+def plot(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
+    """A panel for each shape: milliseconds, forward and backward, against one copy."""
+    from matplotlib.figure import Figure
+
+    timed = [r for r in rows if r["status"] == "timed"]
+    cells = list(dict.fromkeys((r["n"], r["v"]) for r in timed))
+    if not cells:
+        return
+    names = list(dict.fromkeys(r["contender"] for r in timed if r["contender"] != "copy"))
+    figure = Figure(figsize=(8, 0.8 + len(cells) * (0.8 + 0.28 * len(names))), layout="constrained")
+    panels = figure.subplots(len(cells), squeeze=False)[:, 0]
+    for (n, v), panel in zip(cells, panels, strict=True):
+        here = {r["contender"]: r for r in timed if (r["n"], r["v"]) == (n, v)}
+        copy = here.pop("copy")["both_ms"]
+        shown = [name for name in reversed(names) if name in here]
+        width = [here[name]["both_ms"] for name in shown]
+        spread = [here[name]["both_iqr_ms"] / 2 for name in shown]
+        bars = panel.barh(shown, width, xerr=spread, color="C0", ecolor="0.3", height=0.7)
+        panel.bar_label(bars, labels=[f" {w:.3g}" for w in width], fontsize="small")
+        panel.axvline(copy, color="C1", linestyle="--", label=f"one copy of the logits: {copy:.3g}")
+        panel.set(xscale="log", title=f"{n} tokens, vocabulary {v}, {here[shown[0]]['dtype']}")
+        panel.set_xlim(min([copy, *width]) / 1.5, max([copy, *width]) * 2)
+        panel.legend(fontsize="small")
+    panels[-1].set_xlabel(
+        f"ms, forward and backward (log-probs: forward alone)\n"
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
+    )
+    figure.savefig(path, dpi=130)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, or 1 where a contender of ours was wrong or failed."""
+    everyone = {c.name: c for c in contenders()}
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--n", type=int, nargs="+", help="tokens, at least 2 (default: 256)")
+    add("--v", type=int, nargs="+", help="vocabularies (default: 32000 151936)")
+    add("--full", action="store_true", help="the large grid, for what --n and --v leave open")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--rounds", type=int, default=5, help="through the buffers (default: %(default)s)")
+    add("--contenders", nargs="+", choices=everyone, metavar="NAME", help=", ".join(everyone))
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="of torch on a CPU (default: torch's own)")
+    add("--out", type=Path, default=ROOT / "benchmarks" / "out", help="default: %(default)s")
+    add("--commit", help="what to record where git does not know")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    grid = {"n": FULL_N[device.type]} | FULL if options.full else SHORT
+    ns, vs = options.n or grid["n"], options.v or grid["v"]
+    if min(ns) < 2:
+        parser.error("--n: at least 2")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    entrants = [everyone[name] for name in options.contenders or everyone]
+
+    machine = environment(device, options.commit)
+    print(", ".join(f"{key} {value}" for key, value in machine.items() if value))
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for v in vs:
+        for n in ns:
+            found = cell(n, v, getattr(torch, options.dtype), device, entrants, options.rounds)
+            show(found)
+            rows += found
+            # After each: a run that is cut short keeps what it has.
+            write_csv(options.out / "loss.csv", rows, machine)
+    print(LEGEND)
+    try:
+        plot(options.out / "loss.png", rows, machine)
+    except ImportError as error:
+        print(f"no plot: {error}")
+    print(f"written: {options.out}")
+    mine = {c.name for c in everyone.values() if c.ours}
+    bad = ("wrong", "failed")
+    return int(any(r["status"].startswith(bad) and r["contender"] in mine for r in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The benchmarks' own checks, on shapes that take no time; nothing here is timed."""
+
+import csv
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import contenders  # noqa: E402
+import loss  # noqa: E402
+
+OURS = ["cpp one-pass", "cpp in place", "cpp general", "cpp log-probs"]
+
+
+def rows_of(folder):
+    with (folder / "loss.csv").open(newline="") as file:
+        return {row["contender"]: row for row in csv.DictReader(file)}
+
+
+def run(folder, *names):
+    arguments = ["--n", "8", "--v", "515", "--rounds", "1", "--device", "cpu"]
+    code = loss.main([*arguments, "--contenders", *names, "--out", str(folder)])
+    return code, rows_of(folder)
+
+
+def test_every_contender_of_a_cpu_is_right_and_recorded(tmp_path):
+    names = [*OURS, "eager", "eager log-probs", "Liger GRPO", "triton one-pass"]
+    code, rows = run(tmp_path, *names)
+    assert code == 0
+    assert rows.keys() == {"copy", "clone", *names}
+    for name in names:
+        on_gpu = name in ("Liger GRPO", "triton one-pass")
+        assert rows[name]["status"].startswith("no: " if on_gpu else "timed"), rows[name]
+    assert float(rows["cpp one-pass"]["budget_used"]) <= 1
+    logits = 8 * 515 * 2
+    assert int(rows["cpp one-pass"]["bytes_forward"]) == 2 * logits
+    assert int(rows["cpp general"]["bytes_backward"]) == 2 * logits
+    assert rows["eager"]["torch"] and rows["eager"]["commit"]
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+WRONG = {
+    "a loss too large": lambda loss: loss * 1.001,
+    "no gradient": lambda loss: loss.detach() + 0 * loss,
+    "a gradient turned round": lambda loss: 2 * loss.detach() - loss,
+    "a gradient too large": lambda loss: 1.02 * loss - 0.02 * loss.detach(),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, fault):
+    right = contenders.ours("cpp")[0]
+
+    def make():
+        function = right.make()
+        return lambda logits, task: WRONG[fault](function(logits, task))
+
+    wrong = [dataclasses.replace(right, make=make)]
+    monkeypatch.setattr(loss, "contenders", lambda: wrong)
+    code, rows = run(tmp_path, right.name)
+    assert code == 1
+    assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
+
+
+def test_without_a_gpu_the_gpu_run_checks_its_imports(device):
+    if device.type == "cuda":
+        pytest.skip("there is one")
+    run = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "No GPU here" in run.stdout and "imports: tests/test_parity.py" in run.stdout
