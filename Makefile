@@ -33,7 +33,7 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-$(VENV)/ready: requirements-dev.txt pyproject.toml
+$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
 	$(RUN) -m pip install --quiet --editable .

@@ -93,7 +93,8 @@ def r2vpo_loss(
         inplace: the gradient may take the logits' memory: whoever reads logits after this call, or
             after backward, may see the gradient. Refused for a leaf, a view of one, and rows that
             share memory; under torch.compile the permission goes unused.
-        backend: "auto" (Triton on a GPU, else eager), "triton" or "eager".
+        backend: "auto" (Triton on a GPU, C++ on a CPU, eager where those cannot), "triton", "cpp"
+            or "eager".
 
     Returns: R2VPOOutput. Its loss is differentiable in logits alone, once (backend "eager": any
         number of times); everything else is constant and detached.

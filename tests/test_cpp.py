@@ -17,6 +17,7 @@ from tolerance import U
 from r2vpo_kernels import ops, r2vpo_loss, token_logps
 from r2vpo_kernels.backends import cpp
 
+NAN = torch.tensor([-1], dtype=torch.int32).view(torch.float32)[0]
 ROOT = Path(__file__).parent.parent
 
 
@@ -71,13 +72,14 @@ def test_the_exponential_is_within_its_stated_error(instruction_set):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("factor", [2.0, 1 / 3, 1e-3])
+# 1.5 brings ties, and the last is a NaN of which all bits are set.
+@pytest.mark.parametrize("factor", [2.0, 1.5, 1 / 3, 1e-3, NAN])
 def test_every_half_precision_number_is_read_and_rounded_as_torch_does(
     instruction_set, dtype, factor
 ):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     scaled = every.clone().view(1, 64, 1024)
-    ops.scale_(scaled, torch.tensor(factor), "cpp")
+    ops.scale_(scaled, torch.as_tensor(factor), "cpp")
     exact = every.float() * factor
     ours, expected = scaled.view(-1), exact.to(dtype)
     # What is not a normal float32 number may become 0, as on a GPU.

@@ -202,6 +202,21 @@ def test_a_bad_label_never_reaches_memory(backend):
     assert logps[0].isnan() and logps[1].isfinite()
 
 
+def test_a_bad_label_is_not_written_to_either(kernels):
+    """In place, with what lies after the last row watched."""
+    from r2vpo_kernels import ops
+
+    memory = torch.randn(2 * V + 8)
+    before = memory.clone()
+    number, vector = torch.tensor(0.0), torch.ones(2)
+    ops.one_pass_op_(
+        memory[: 2 * V].view(1, 2, V), torch.tensor([3, V]), vector, vector, None, vector, vector,
+        vector, None, number, number, number + 20, "k3", False, kernels,
+    )  # fmt: skip
+    assert torch.equal(memory[2 * V :], before[2 * V :])
+    assert memory[:V].isfinite().all() and memory[V : 2 * V].isnan().any()
+
+
 @pytest.mark.parametrize(
     "arguments, name",
     [

@@ -141,6 +141,18 @@ def test_6_a_row_without_a_softmax_gives_a_nan_loss(backend, device, bad):
             assert out.logps.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("huge", [3e38, -3e38])
+def test_6_logits_whose_exponents_overflow_give_a_nan_loss(kernels, device, huge):
+    """Where all of a row's do, upwards or downwards; eager torch reaches a little further."""
+    logits, labels, old_logps, advantages = batch(device)
+    logits[1, 2] = huge
+    leaf = logits.requires_grad_()
+    out = r2vpo_loss(leaf, labels, old_logps, advantages, backend=kernels)
+    out.loss.backward()
+    assert out.loss.isnan() and out.logps[1, 2].isnan() and out.logps.isnan().sum() == 1
+    assert leaf.grad[1, 2].isnan().any() and leaf.grad[0].isfinite().all()
+
+
 def test_7_ratios_that_overflow_stay_finite(backend, device):
     logits, labels, old_logps, advantages = batch(device)
     advantages[0] = 0.0
