@@ -7,6 +7,7 @@ without it, and `python -m r2vpo_kernels` says what was missing.
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ CSRC = Path("csrc")
 # NaN are values like any other.
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno "
-    "-fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
+    "-fno-trapping-math -Wall -Wextra -Wno-unknown-warning-option -Wno-psabi "
+    "-Wno-maybe-uninitialized"
 )
 NVCC_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
 CUDA_TARGETS = ("80", "90a", "100a")
@@ -52,11 +54,35 @@ class CannotBuild(Exception):
 
 
 def find_compiler():
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
-    for name in names:
-        if shutil.which(name.split()[0]):
-            return name
-    raise CannotBuild(f"no C++ compiler was found (looked for {', '.join(names)})")
+    """A command and its arguments."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    commands = [given] if given else [["g++"], ["clang++"], ["c++"]]
+    for command in commands:
+        if shutil.which(command[0]):
+            return command
+    raise CannotBuild(
+        f"no C++ compiler was found (looked for {', '.join(command[0] for command in commands)})"
+    )
+
+
+def escaped(text):
+    """As ninja reads it in a command."""
+    return str(text).replace("$", "$$")
+
+
+def escaped_path(path):
+    """As ninja reads it in a list of files; in commands it quotes them itself."""
+    return escaped(path).replace(" ", "$ ").replace(":", "$:")
+
+
+def first_error(output):
+    """The line that says most of why a compiler or a linker failed."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    for words in ("error: ", "cannot find ", "rror"):
+        for line in lines:
+            if words in line and "linker command failed" not in line and "ld returned" not in line:
+                return line
+    return lines[-1] if lines else "no output"
 
 
 def backend_of(extension):
@@ -94,7 +120,7 @@ class BuildWithNinja(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
             self.report[name] = self.compile(ext, target)
-        except CannotBuild as error:
+        except (CannotBuild, OSError, subprocess.SubprocessError) as error:
             self.unbuilt.add(name)
             self.report[name] = f"not built: {error}"
         print(f"r2vpo_kernels: the {name} backend: {self.report[name]}", file=sys.stderr)
@@ -107,36 +133,38 @@ class BuildWithNinja(build_ext):
         except ImportError as error:
             raise CannotBuild(f"the build needs {error.name}, which is not installed") from None
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
-        flags = [FLAGS, *(f"-isystem {path}" for path in includes), os.environ.get("CXXFLAGS", "")]
+        searched = [f"-isystem {shlex.quote(path)}" for path in includes]
+        flags = [FLAGS, *searched, os.environ.get("CXXFLAGS", "")]
         targets = (f"-gencode arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS)
-        nvcc_flags = [NVCC_FLAGS, *targets, *(f"-isystem {path}" for path in includes)]
+        nvcc_flags = [NVCC_FLAGS, *targets, *searched]
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             NINJA.format(
-                cxx=compiler,
-                flags=" ".join(flags),
-                nvcc=shutil.which("nvcc"),
-                nvcc_flags=" ".join(nvcc_flags),
-                link_flags=os.environ.get("LDFLAGS", ""),
+                cxx=escaped(shlex.join(compiler)),
+                flags=escaped(" ".join(flags)),
+                nvcc=escaped(shutil.which("nvcc")),
+                nvcc_flags=escaped(" ".join(nvcc_flags)),
+                link_flags=escaped(os.environ.get("LDFLAGS", "")),
             )
         ]
         objects = list(objects_of(ext))
         for output, rule, source, own in objects:
-            lines += [f"build {output}: {rule} {source.resolve()}", f"  flags = {own}"]
+            lines += [f"build {output}: {rule} {escaped_path(source.resolve())}"]
+            lines += [f"  flags = {own}"]
         link = "nvcc_link" if any(rule == "nvcc" for _, rule, *_ in objects) else "link"
-        lines.append(f"build {target}: {link} {' '.join(output for output, *_ in objects)}")
+        outputs = " ".join(output for output, *_ in objects)
+        lines.append(f"build {escaped_path(target)}: {link} {outputs}")
         script = folder / f"{ext.name}.ninja"
         script.write_text("\n".join(lines) + "\n")
         command = [sys.executable, "-m", "ninja", "-C", str(folder), "-f", script.name]
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(run.stdout)
-        if run.returncode:
-            errors = [line for line in run.stdout.splitlines() if "error" in line.lower()]
-            raise CannotBuild(f"{compiler} failed: {(errors or run.stdout.splitlines())[0]}")
-        version = subprocess.check_output([*compiler.split(), "--version"], text=True)
-        return f"built by {version.splitlines()[0]} for {', '.join(INSTRUCTION_SETS)}"
+        if run.returncode or not target.exists():
+            raise CannotBuild(f"{compiler[0]} failed: {first_error(run.stdout)}")
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+        return f"built by {version.partition(chr(10))[0]} for {', '.join(INSTRUCTION_SETS)}"
 
 
 def extension(name, sources):

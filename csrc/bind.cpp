@@ -65,15 +65,15 @@ Rows make_rows(Dtype dtype, int64_t batch, int64_t length, int64_t vocabulary, A
 }
 
 void logps_forward(const Kernels& kernels, const Rows& rows, Address labels, Address temperature,
-                   Address logps, Address lse, Address entropy) {
-  kernels.logps_forward(rows, {labels, temperature, logps, lse, entropy});
+                   Address logps, Address top, Address log_total, Address entropy) {
+  kernels.logps_forward(rows, {labels, temperature, logps, top, log_total, entropy});
 }
 
 void logps_backward(const Kernels& kernels, const Rows& rows, Address labels, Address temperature,
-                    Address logps, Address lse, Address entropy, Address grad_logps,
-                    Address grad_entropy) {
-  kernels.logps_backward(
-      rows, {labels, temperature, logps, lse, entropy, grad_logps, grad_entropy});
+                    Address logps, Address top, Address log_total, Address entropy,
+                    Address grad_logps, Address grad_entropy) {
+  kernels.logps_backward(rows, {labels, temperature, logps, top, log_total, entropy, grad_logps,
+                                grad_entropy});
 }
 
 void one_pass(const Kernels& kernels, const Rows& rows, Address labels, Address temperature,

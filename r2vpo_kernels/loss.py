@@ -136,12 +136,11 @@ def r2vpo_loss(
     with_entropy = return_entropy or entropy_coef != 0
     one_pass = objective.separable and reduction != "none"
     if one_pass and ops.takes_one_pass(logits, backend):
-        logps, entropy, dlogits = ops.one_pass(
+        carrier, logps, entropy = ops.one_pass(
             logits, batch, objective, with_entropy, inplace, backend
         )
         out = evaluate(logps, entropy, batch, objective, reduction)
-        loss = ops.attach_gradient(logits, out.loss, dlogits, backend)
-        return dataclasses.replace(out, loss=loss)
+        return dataclasses.replace(out, loss=out.loss + carrier)
     logps, entropy = ops.token_logps(
         logits, batch.labels, objective.temperature, with_entropy, inplace, backend
     )

@@ -124,8 +124,8 @@ def _empty_outputs(logits: Tensor, count: int, with_entropy: bool) -> tuple[Tens
 # writes the gradient over the logits.
 
 _FORWARD = "Tensor labels, Tensor temperature, bool with_entropy, str backend"
-_BACKWARD = """Tensor labels, Tensor temperature, Tensor logps, Tensor lse, Tensor entropy,
-    Tensor grad_logps, Tensor grad_entropy, bool with_entropy, str backend"""
+_BACKWARD = """Tensor labels, Tensor temperature, Tensor logps, Tensor top, Tensor log_total,
+    Tensor entropy, Tensor grad_logps, Tensor grad_entropy, bool with_entropy, str backend"""
 _ONE_PASS = """Tensor labels, Tensor temperature, Tensor weight, Tensor? old_logps,
     Tensor advantages, Tensor variance_coef, Tensor center, Tensor? ref_logps, Tensor kl_coef,
     Tensor entropy_coef, Tensor log_ratio_clamp, str kl_estimator, bool with_entropy, str backend"""
@@ -144,10 +144,17 @@ def _check_arguments(
     if not (whole and (logits.shape[2] == 1 or logits.stride(2) == 1)):
         got = f"shape {tuple(logits.shape)}, strides {logits.stride()}"
         raise ValueError(f"{name}: got {got}, expected (B, T, V) with a contiguous vocabulary")
-    choose_backend(backend, logits)
+    if backend not in KERNELS or why_not(backend, logits):
+        expected = f"one of {', '.join(KERNELS)} that takes them"
+        raise ValueError(f"backend: got {backend!r} for {logits.dtype} logits, expected {expected}")
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator: got {kl_estimator!r}, expected one of {KL_ESTIMATORS}")
     tokens = logits.shape[0] * logits.shape[1]
+    for name, value in tensors.items():
+        # Memory may have been given back under a tensor that lives on.
+        if value is not None and value.untyped_storage().nbytes() < _bytes_reached(value):
+            held = f"{value.untyped_storage().nbytes()} bytes of storage"
+            raise ValueError(f"{name}: got {held}, expected {_bytes_reached(value)} for its shape")
     for name, value in others:
         if value is None:
             continue
@@ -155,10 +162,18 @@ def _check_arguments(
         if name in ("entropy", "grad_entropy") and not with_entropy:
             shape = (0,)
         dtype = torch.int64 if name == "labels" else torch.float32
-        expected = (dtype, logits.device, shape, True)
+        wanted = (dtype, logits.device, shape, True)
         came = (value.dtype, value.device, tuple(value.shape), value.is_contiguous())
-        if came != expected:
-            raise ValueError(f"{name}: got {_described(*came)}, expected {_described(*expected)}")
+        if came != wanted:
+            raise ValueError(f"{name}: got {_described(*came)}, expected {_described(*wanted)}")
+
+
+def _bytes_reached(x):
+    """How far into its storage a tensor reaches."""
+    if x.numel() == 0:
+        return 0
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return (x.storage_offset() + last + 1) * x.element_size()
 
 
 def _described(dtype, device, shape, contiguous):
@@ -184,17 +199,17 @@ def _op(name: str, schema: str, mutates_args: tuple[str, ...] = ()):
     return register
 
 
-@_op("logps_forward", f"(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor)")
+@_op("logps_forward", f"(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)")
 def logps_forward(logits, labels, temperature, with_entropy, backend):
-    """(logps, the kernel's own logsumexp, entropy)."""
-    outputs = _empty_outputs(logits, 2, with_entropy)
+    """(logps, top, log2 total, entropy): Eq. 14, of which the backward needs the middle two."""
+    outputs = _empty_outputs(logits, 3, with_entropy)
     KERNELS[backend].logps_forward(logits, labels, temperature, *outputs, with_entropy)
     return outputs
 
 
 @logps_forward.register_fake
 def _(logits, labels, temperature, with_entropy, backend):
-    return _empty_outputs(logits, 2, with_entropy)
+    return _empty_outputs(logits, 3, with_entropy)
 
 
 @_op("logps_backward", f"(Tensor logits, {_BACKWARD}) -> Tensor")
@@ -270,9 +285,10 @@ def _refuse_double_backward() -> None:
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, temperature, with_entropy, inplace, backend):
-        logps, lse, entropy = logps_forward(logits, labels, temperature, with_entropy, backend)
-        ctx.save_for_backward(logits, labels, temperature, logps, lse, entropy)
+        saved = logps_forward(logits, labels, temperature, with_entropy, backend)
+        ctx.save_for_backward(logits, labels, temperature, *saved)
         ctx.with_entropy, ctx.inplace, ctx.backend = with_entropy, inplace, backend
+        logps, _, _, entropy = saved
         return logps, entropy
 
     @staticmethod
@@ -291,22 +307,34 @@ class _TokenLogps(torch.autograd.Function):
 
 
 class _OnePass(torch.autograd.Function):
-    """Ties a loss to its gradient, which the one-pass kernel has already found."""
+    """The kernel finds the gradient in forward; a zero carries it to whatever it is added to.
+
+    It runs in here because autograd has noted by now where `logits` come from: mutated before, a
+    view would be reached by as_strided, whose backward makes two more of it.
+    """
 
     @staticmethod
-    def forward(ctx, logits, loss, dlogits, backend):
+    def forward(ctx, logits, inplace, *arguments):
+        values = logits.detach()
+        if inplace:
+            logps, entropy = one_pass_op_(values, *arguments)
+            dlogits = values
+        else:
+            logps, entropy, dlogits = one_pass_op(values, *arguments)
         ctx.save_for_backward(dlogits)
-        ctx.backend = backend
-        return loss.clone()
+        ctx.backend, ctx.others = arguments[-1], 1 + len(arguments)
+        ctx.mark_non_differentiable(logps, entropy)
+        ctx.set_materialize_grads(False)
+        return logps.new_zeros(()), logps, entropy
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, *_):
         _refuse_double_backward()
         (dlogits,) = ctx.saved_tensors
         if _graph_is_kept():
             dlogits = dlogits.clone()
-        scale_(dlogits, upstream.float(), ctx.backend)
-        return dlogits, None, None, None
+        scale_(dlogits, upstream, ctx.backend)
+        return dlogits, *[None] * ctx.others
 
 
 def token_logps(
@@ -340,10 +368,11 @@ def one_pass(
     with_entropy: bool,
     inplace: bool,
     backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(logps, entropy or None, dL/dlogits), none of them differentiable."""
-    values = logits.detach()
-    arguments = (
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(a zero that carries dL/dlogits, logps, entropy or None); only the zero is differentiable."""
+    carrier, logps, entropy = _OnePass.apply(
+        logits,
+        inplace and not torch.compiler.is_compiling(),
         batch.labels,
         objective.temperature,
         batch.weight,
@@ -359,14 +388,4 @@ def one_pass(
         with_entropy,
         backend,
     )
-    if inplace and not torch.compiler.is_compiling():
-        logps, entropy = one_pass_op_(values, *arguments)
-        dlogits = values
-    else:
-        logps, entropy, dlogits = one_pass_op(values, *arguments)
-    return logps, entropy if with_entropy else None, dlogits
-
-
-def attach_gradient(logits: Tensor, loss: Tensor, dlogits: Tensor, backend: str) -> Tensor:
-    """The loss, whose backward hands `dlogits` to `logits`, scaled by the upstream gradient."""
-    return _OnePass.apply(logits, loss, dlogits, backend)
+    return carrier, logps, entropy if with_entropy else None

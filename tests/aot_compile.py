@@ -100,9 +100,9 @@ def call_everything(shape, dtype, entropy):
     token = torch.zeros(batch * length)
     # A number may lie anywhere, as one of several stacked losses does.
     number = torch.zeros(shape[1] + 1)[shape[1]]
-    triton_kernels.logps_forward(logits, labels, token, token, token, token, entropy)
+    triton_kernels.logps_forward(logits, labels, token, token, token, token, token, entropy)
     triton_kernels.logps_backward(
-        logits, dlogits, labels, token, token, token, token, token, token, entropy
+        logits, dlogits, labels, token, token, token, token, token, token, token, entropy
     )
     if dtype == torch.float16:
         return

@@ -29,9 +29,13 @@ USED: dict[tuple[str, str, str], float] = {}
 
 
 def truth_of(
-    logits: Tensor, labels: Tensor, keywords: dict[str, Any], upstream: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    keywords: dict[str, Any],
+    backend: str,
+    upstream: Tensor | None = None,
 ) -> Truth:
-    """The float64 truth and its bounds; `upstream` (N,) defaults to ones."""
+    """The float64 truth, and the bounds for a backend; `upstream` (N,) defaults to ones."""
     keywords = {"reduction": "token-mean"} | keywords
     geometry = {k: v for k, v in keywords.items() if k in BATCH_KEYWORDS}
     logits = logits.detach().double()
@@ -49,7 +53,8 @@ def truth_of(
     if upstream is None:
         upstream = torch.ones_like(batch.weight)
     with_entropy = keywords.get("return_entropy", False) or given["entropy_coef"] != 0
-    return find_truth(logits, batch, objective, upstream.double(), with_entropy)
+    rounds_x = backend == "eager"
+    return find_truth(logits, batch, objective, upstream.double(), with_entropy, rounds_x)
 
 
 def check_gradient(
@@ -88,7 +93,7 @@ def check_case(
     else:
         each = torch.full((), upstream, device=leaf.device)
     (gradient,) = torch.autograd.grad(out.loss, leaf, each)
-    truth = truth_of(logits, labels, keywords, each.expand(labels.shape).reshape(-1))
+    truth = truth_of(logits, labels, keywords, backend, each.expand(labels.shape).reshape(-1))
 
     used = {}
     used["logps"] = assert_within("logps", out.logps, truth.logps, truth.logps_bound)

@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from r2vpo_kernels import r2vpo_loss
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import contenders  # noqa: E402
 import loss  # noqa: E402
+import measure  # noqa: E402
 
 OURS = ["cpp one-pass", "cpp in place", "cpp general", "cpp log-probs"]
 
@@ -65,6 +69,21 @@ def test_a_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, fault):
     code, rows = run(tmp_path, right.name)
     assert code == 1
     assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
+
+
+def test_in_place_allocates_nothing_as_large_as_the_logits():
+    logits = torch.randn(64, 151936).bfloat16()
+    labels = torch.randint(0, 151936, (64,))
+
+    def step():
+        leaf = torch.zeros((), requires_grad=True)
+        seen = loss._Model.apply(leaf, [logits], [])
+        r2vpo_loss(
+            seen, labels, None, torch.ones(64), inplace=True, backend="cpp"
+        ).loss.backward()  # fmt: skip
+
+    step()
+    assert measure.peak_memory(step, logits.device) < logits.nbytes / 10
 
 
 def test_without_a_gpu_the_gpu_run_checks_its_imports(device):

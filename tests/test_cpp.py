@@ -123,6 +123,30 @@ def test_a_row_does_not_depend_on_where_it_lies(instruction_set):
         assert torch.equal(out.logps, first[0]) and torch.equal(leaf.grad, first[1])
 
 
+def test_subnormal_logits_are_read_whatever_the_callers_setting(instruction_set):
+    """torch sets its flag on the calling thread alone: rows must not depend on who takes them."""
+    logits = (torch.rand(1, 64, 2000) * 6e-5).half()
+    labels = torch.randint(0, 2000, (1, 64))
+    expected = token_logps(logits, labels, temperature=1e-4, backend="cpp")
+    torch.set_flush_denormal(True)
+    try:
+        again = token_logps(logits, labels, temperature=1e-4, backend="cpp")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("columns", [1024, 4096, 131072])
+def test_equal_logits_below_one_are_within_the_budget(instruction_set, columns):
+    """Roundings that all have one sign."""
+    logits = torch.full((1, 1, columns), -0.3)
+    logits[..., 5] = 0.4
+    labels = torch.tensor([[7]])
+    advantages = torch.ones(1)
+    keywords = {"old_logps": None, "advantages": advantages, "entropy_coef": 0.1}
+    check_case(logits, labels, keywords, "cpp")
+
+
 def test_the_callers_floating_point_state_survives():
     logits = torch.randn(1, 3, 50, requires_grad=True)
     r2vpo_loss(logits, torch.zeros(1, 3).long(), None, torch.ones(1), backend="cpp").loss.backward()
@@ -156,10 +180,28 @@ def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_compiler_that_fails_is_reported(tmp_path):
-    report = build(tmp_path, CXXFLAGS="-include no_such_header.h")["cpp"]
-    assert report.startswith("not built:") and "no_such_header.h" in report
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"CXXFLAGS": "-include no_such_header.h"}, "no_such_header.h"),
+        ({"CXXFLAGS": "-fsyntax-only"}, "g++"),
+        ({"CXX": "true"}, "true failed"),
+    ],
+)
+def test_a_compiler_that_fails_is_reported(tmp_path, environment, words):
+    report = build(tmp_path, **environment)["cpp"]
+    assert report.startswith("not built:") and words in report
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_an_empty_name_of_a_compiler_and_a_path_with_a_space_compile(tmp_path):
+    folder = tmp_path / "a folder: $1"
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    report = build(folder, folder, CXX="", CXXFLAGS="-O0")
+    assert report["cpp"].startswith("built by")
+    assert list(folder.rglob("_cpp*.so"))
 
 
 CUDA_MODULE = """

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import KERNELS
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from r2vpo_kernels import VarianceConstraint, ops, r2vpo_loss, r2vpo_loss_from_logps, token_logps
@@ -35,10 +36,10 @@ def op_arguments(device, kernels, dtype=torch.bfloat16, with_entropy=True):
     entropy = vector if with_entropy else vector[:0]
     forward = (labels, vector, with_entropy, kernels)
     backward = (
-        labels, vector, -vector, vector, entropy, vector, entropy, with_entropy, kernels
+        labels, vector, -vector, vector, vector, entropy, vector, entropy, with_entropy, kernels
     )  # fmt: skip
     one_pass = (
-        labels, vector, vector, old_logps.reshape(-1), vector, vector, vector, None, number,
+        labels, vector, vector, old_logps.reshape(-1), vector, vector, vector, -vector, number,
         number, number + 10, "k3", with_entropy, kernels,
     )  # fmt: skip
     return logits, {
@@ -79,6 +80,9 @@ def broken(value):
     """What is wrong about a tensor, by name; none of it may reach a kernel."""
     yield "another dtype", value.double() if value.is_floating_point() else value.int()
     yield "too many", torch.cat([value.reshape(-1)] * 2)
+    freed = value.clone()
+    freed.untyped_storage().resize_(value.element_size() // 2)
+    yield "memory given back", freed
     if value.dim() == 1:
         yield "too few", value[:-1]
         yield "strided", torch.stack([value, value], -1)[:, 0]
@@ -106,16 +110,17 @@ def test_no_kernel_is_reached_with_an_argument_that_is_wrong(op, kernels, device
         if isinstance(value, torch.Tensor):
             bad = dict(broken(value))
         else:
-            bad = {"backend": {"unknown": "cuda-c"}, "kl_estimator": {"unknown": "k4"}}.get(
-                name, {}
-            )
+            bad = {
+                "backend": {"unknown": "c", "no kernels": "auto"},
+                "kl_estimator": {"unknown": "k4"},
+            }.get(name, {})
         for what, wrong in bad.items():
             # Kernels that do not take float64 logits are not available for them.
             named = "backend" if at == 0 and what == "another dtype" else name
             with pytest.raises(ValueError, match=f"^{named}: "):
                 call(*good[:at], wrong, *good[at + 1 :])
             seen.add(name)
-    assert seen == set(names) - {"with_entropy", "ref_logps"}
+    assert seen == set(names) - {"with_entropy"}
     with pytest.raises(AssertionError, match="was reached"):
         call(*good)
 
@@ -162,7 +167,7 @@ ROUTES = {
 
 def routes():
     """Every route under aot_eager, and one of each kind under the default compiler."""
-    for backend in ("eager", "triton"):
+    for backend in ("eager", *KERNELS):
         for name in ROUTES:
             yield pytest.param(backend, name, "aot_eager", id=f"{backend}-{name}")
     for backend, name in (("eager", "group"), ("triton", "one pass"), ("auto", "entropy and KL")):

@@ -16,7 +16,7 @@ def setup(dtype):
     keywords = {"old_logps": old_logps + 0.3, "advantages": torch.randn(4), "entropy_coef": 0.1}
     leaf = logits.clone().requires_grad_()
     r2vpo_kernels.r2vpo_loss(leaf, labels, backend="eager", **keywords).loss.backward()
-    return leaf.grad, truth_of(logits, labels, keywords)
+    return leaf.grad, truth_of(logits, labels, keywords, "eager")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,7 +60,7 @@ def test_a_pooled_sample_errs_at_most_twice_as_much_as_eager(kernels):
         labels = torch.randint(0, 200, (3, 5))
         old_logps = torch.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0] + 0.2
         keywords = {"old_logps": old_logps, "advantages": torch.randn(3)}
-        exact = truth_of(logits, labels, keywords).gradient.reshape(logits.shape)
+        exact = truth_of(logits, labels, keywords, kernels).gradient.reshape(logits.shape)
         for backend in squares:
             leaf = logits.clone().requires_grad_()
             r2vpo_kernels.r2vpo_loss(leaf, labels, backend=backend, **keywords).loss.backward()

@@ -40,9 +40,17 @@ def _weighted_mean(batch: Batch, x: Tensor) -> Tensor:
 
 
 def find_truth(
-    logits: Tensor, batch: Batch, objective: Objective, upstream: Tensor, with_entropy: bool
+    logits: Tensor,
+    batch: Batch,
+    objective: Objective,
+    upstream: Tensor,
+    with_entropy: bool,
+    rounds_x: bool,
 ) -> Truth:
-    """`logits` (B, T, V) float64, `upstream` (N,): the gradient that reaches each token's loss."""
+    """`logits` (B, T, V) float64, `upstream` (N,): the gradient that reaches each token's loss.
+
+    rounds_x: x = z / temperature is rounded, and not only its distance from the maximum.
+    """
     logits = logits.detach().requires_grad_()
     labels, temperature = batch.labels, objective.temperature
     logps, entropy = reference.token_logps(logits, labels, temperature, with_entropy)
@@ -62,10 +70,15 @@ def find_truth(
     log_p = torch.log_softmax(x, -1)
     finite_log_p = torch.where(log_p.isfinite(), log_p, 0.0)
     p = log_p.exp()
-    each = 4 * U * (1 + largest[:, None] + finite_log_p.abs() + math.log(vocabulary))
+
+    def log_p_error(size: Tensor, largest: Tensor) -> Tensor:
+        largest = largest if rounds_x else torch.minimum(largest, size / 2)
+        return 4 * U * (1 + largest + size + math.log(vocabulary))
+
+    each = log_p_error(finite_log_p.abs(), largest[:, None])
     values = logps.detach()
     size = torch.where(values.isfinite(), values.abs(), 0.0)
-    dlogp = 4 * U * (1 + largest + size + math.log(vocabulary))
+    dlogp = log_p_error(size, largest)
     zero = torch.zeros_like(dlogp)
 
     # Eq. 20: the log-ratio; on-policy it is 0 without an error.

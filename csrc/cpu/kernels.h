@@ -30,7 +30,8 @@ struct LogpsForward {
   const std::int64_t* labels;
   const float* temperature;
   float* logps;
-  float* lse;  // in base 2, for LogpsBackward
+  float* top;        // max z and
+  float* log_total;  // log2 Σ 2^((z - top)·scale), for LogpsBackward
   float* entropy;
 };
 
@@ -38,7 +39,8 @@ struct LogpsBackward {
   const std::int64_t* labels;
   const float* temperature;
   const float* logps;
-  const float* lse;
+  const float* top;
+  const float* log_total;
   const float* entropy;
   const float* grad_logps;
   const float* grad_entropy;

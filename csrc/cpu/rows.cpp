@@ -13,14 +13,15 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 // Columns whose maximum is found, and whose exponentials are then summed in float32, while they are
-// in the first-level cache.
-constexpr std::int64_t kBlock = 1024;
+// in the first-level cache: 64 to a lane, so that no chain of additions is longer.
+constexpr std::int64_t kBlock = 64 * kLanes;
 // Elements that a thread takes at a time, in whole rows.
 constexpr std::int64_t kShare = 1 << 15;
 
-// What the first look at a row finds: the label's log-prob, logsumexp in base 2, the entropy.
+// What the first look at a row finds: the label's log-prob, max z, log2 of the sum about it, the
+// entropy.
 struct Look {
-  float logp, lse, entropy;
+  float logp, top, log_total, entropy;
 };
 
 // body(x) for each vector of columns from `begin` to `end`.
@@ -81,28 +82,26 @@ Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, float
     if (kEntropy) r += __builtin_convertvector(block_r, Doubles);
   }
   const double total = sum(s), log_total = std::log2(total);
-  Look look;
-  look.lse = float(double(top) * scale + log_total);
-  // A bad label reads nothing, and logits whose exponents overflow have no softmax.
-  const float z = label < vocabulary && std::isfinite(look.lse)
-                      ? load_part(row + label, 1)[0]
-                      : std::numeric_limits<float>::quiet_NaN();
-  look.logp = float(((double(z) - top) * scale - log_total) * kLn2);
-  look.entropy = kEntropy ? float((log_total - sum(r) / total) * kLn2) : 0.0f;
-  return look;
+  // A bad label reads nothing.
+  const double z = label < vocabulary ? load_part(row + label, 1)[0]
+                                      : std::numeric_limits<float>::quiet_NaN();
+  const double logp = ((z - top) * scale - log_total) * kLn2;
+  const double entropy = kEntropy ? (log_total - sum(r) / total) * kLn2 : 0.0;
+  return {float(logp), top, float(log_total), float(entropy)};
 }
 
 // Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
 template <bool kEntropy, typename T>
 void second_look(const T* row, T* grad_row, std::int64_t vocabulary, std::int64_t label,
                  float temperature, const Look& look, float dlogp, float dentropy) {
-  const Floats scale = broadcast(kLog2E / temperature), minus_lse = broadcast(-look.lse);
+  const Floats scale = broadcast(kLog2E / temperature);
+  const Floats top = broadcast(look.top), minus_log_total = broadcast(-look.log_total);
   dlogp /= temperature;
   dentropy /= temperature;
   const Floats minus_dlogp = broadcast(-dlogp), minus_dentropy = broadcast(-dentropy);
   const Floats ln_2 = broadcast(float(kLn2)), entropy = broadcast(look.entropy);
   transform(row, grad_row, vocabulary, [&](Floats z) {
-    const Floats log2_p = bounded(fma(z, scale, minus_lse));
+    const Floats log2_p = bounded(fma(z - top, scale, minus_log_total));
     Floats slope = minus_dlogp;
     if (kEntropy) slope = fma(minus_dentropy, fma(log2_p, ln_2, entropy), slope);
     return exp2(log2_p) * slope;
@@ -118,8 +117,10 @@ void for_each_row(const Rows& rows, Body body) {
   T* dlogits = static_cast<T*>(rows.dlogits);
   const std::int64_t tokens = rows.batch * rows.length;
   const std::int64_t share = std::max<std::int64_t>(1, kShare / rows.vocabulary);
+  const int threads = static_cast<int>(std::min<std::int64_t>(rows.threads, tokens));
+  if (tokens == 0) return;
   // Which thread takes a row changes nothing in it.
-#pragma omp parallel num_threads(rows.threads)
+#pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] FlushToZero flush;
 #pragma omp for schedule(dynamic, share)
@@ -145,7 +146,8 @@ void logps_forward_of(const Rows& rows, const LogpsForward& a) {
       look = first_look<kEntropy>(row, rows.vocabulary, a.labels[i], a.temperature[i]);
     }
     a.logps[i] = look.logp;
-    a.lse[i] = look.lse;
+    a.top[i] = look.top;
+    a.log_total[i] = look.log_total;
     if (kEntropy) a.entropy[i] = look.entropy;
   });
 }
@@ -154,7 +156,7 @@ template <bool kEntropy, typename T>
 void logps_backward_of(const Rows& rows, const LogpsBackward& a) {
   for_each_row<T>(rows, [&](std::int64_t i, const T* row, T* grad_row) {
     if (a.labels[i] < 0) return zero(grad_row, rows.vocabulary);
-    const Look look = {a.logps[i], a.lse[i], kEntropy ? a.entropy[i] : 0.0f};
+    const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
     second_look<kEntropy>(row, grad_row, rows.vocabulary, a.labels[i], a.temperature[i], look,
                           a.grad_logps[i], kEntropy ? a.grad_entropy[i] : 0.0f);
   });

@@ -13,7 +13,7 @@ import torch
 def build_report():
     """What setup.py says of the extension."""
     path = Path(__file__).with_name("build_report.json")
-    return json.loads(path.read_text())["cpp"] if path.exists() else "not built"
+    return json.loads(path.read_text()).get("cpp", "not built") if path.exists() else "not built"
 
 
 try:
@@ -54,20 +54,22 @@ def _addresses(*tensors):
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
-def logps_forward(logits, labels, temperature, logps, lse, entropy, with_entropy):
-    """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward the logsumexp into lse."""
+def logps_forward(logits, labels, temperature, logps, top, log_total, entropy, with_entropy):
+    """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward top and log_total."""
     entropy = entropy if with_entropy else None
-    addresses = _addresses(labels, temperature, logps, lse, entropy)
+    addresses = _addresses(labels, temperature, logps, top, log_total, entropy)
     _kernels().logps_forward(_rows(logits), *addresses)
 
 
 def logps_backward(
-    logits, dlogits, labels, temperature, logps, lse, entropy, grad_logps, grad_entropy,
-    with_entropy,
+    logits, dlogits, labels, temperature, logps, top, log_total, entropy, grad_logps,
+    grad_entropy, with_entropy,
 ):  # fmt: skip
     """Write into dlogits the gradient of logps and, with entropy, that of entropy (Eq. 8)."""
     entropy = entropy if with_entropy else None
-    addresses = _addresses(labels, temperature, logps, lse, entropy, grad_logps, grad_entropy)
+    addresses = _addresses(
+        labels, temperature, logps, top, log_total, entropy, grad_logps, grad_entropy
+    )
     _kernels().logps_backward(_rows(logits, dlogits), *addresses)
 
 

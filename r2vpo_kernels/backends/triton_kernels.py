@@ -130,10 +130,10 @@ def _first_look(
     row, lead, end, label, temperature,
     ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 1 and Eq. 3 in one read: the label's logp, logsumexp in base 2, entropy.
+    """Eq. 1 and Eq. 3 in one read: the label's logp, max z, log2 of the sum about it, entropy.
 
-    Each lane keeps m = max x, s = Σ 2^(x-m) and r = Σ 2^(x-m)·(x-m) over its columns (Eq. 14): one
-    exponential per element, and threads meet only once per row.
+    Each lane keeps m = max z, s = Σ 2^x and r = Σ 2^x·x with x = (z - m)·scale over its columns
+    (Eq. 14): one exponential per element, and threads meet only once per row.
     """
     scale = tl.div_rn(LOG2_E, temperature)
     # Every thread reads this one, and in place another thread will overwrite it: the reductions
@@ -144,8 +144,8 @@ def _first_look(
     s = tl.zeros([BLOCK], tl.float32)
     r = tl.zeros([BLOCK], tl.float32)
     for block in range(0, tl.cdiv(end, BLOCK)):
-        x = _load(row, block, lead, end, ALIGNED, BLOCK) * scale
-        gap = x - m
+        z = _load(row, block, lead, end, ALIGNED, BLOCK)
+        gap = (z - m) * scale
         decay = tl.exp2(-tl.abs(gap))
         rises = gap > 0
         if ENTROPY:
@@ -153,23 +153,23 @@ def _first_look(
             kept = tl.where(rises, (r - gap * s) * decay, r + gap * decay)
             r = tl.where(decay == 0, tl.where(rises, 0.0, r), kept)
         s = tl.fma(s, tl.where(rises, decay, 1.0), tl.where(rises, 1.0, decay))
-        m = _nan_maximum(m, x)
+        m = _nan_maximum(m, z)
     top = tl.reduce(m, 0, _nan_maximum)
-    gap = m - top
+    gap = (m - top) * scale
     decay = tl.exp2(gap)
     total = tl.sum(s * decay, 0)
     log_total = tl.log2(total)
-    logp = ((z_label.to(tl.float32) * scale - top) - log_total) * LN_2
+    logp = ((z_label.to(tl.float32) - top) * scale - log_total) * LN_2
     entropy = 0.0
     if ENTROPY:
         moved = tl.where(decay == 0, 0.0, (r + gap * s) * decay)
         entropy = (log_total - tl.sum(moved, 0) / total) * LN_2
-    return logp, top + log_total, entropy
+    return logp, top, log_total, entropy
 
 
 @triton.jit
 def _second_look(
-    row, grad_row, lead, end, label, temperature, logp, lse, entropy, dlogp, dentropy,
+    row, grad_row, lead, end, label, temperature, logp, top, log_total, entropy, dlogp, dentropy,
     ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
@@ -189,7 +189,8 @@ def _second_look(
     blocks = tl.cdiv(end, BLOCK)
     for step in range(0, blocks):
         block = blocks - 1 - step
-        log2_p = tl.fma(_load(row, block, lead, end, ALIGNED, BLOCK), scale, -lse)
+        z = _load(row, block, lead, end, ALIGNED, BLOCK)
+        log2_p = tl.fma(z - top, scale, -log_total)
         p = tl.exp2(log2_p)
         dz = -p * dlogp
         if ENTROPY:
@@ -227,14 +228,21 @@ _VARYING = ["rows", "length", "vocabulary", "misaligned"]
 _VARYING += ["stride_batch", "stride_token", "grad_stride_batch", "grad_stride_token"]
 # What is per token is read one number at a time: its alignment is nobody's concern.
 _PER_TOKEN = ["labels", "temperature", "weight", "old_logps", "advantages", "variance_coef"]
-_PER_TOKEN += ["center", "ref_logps", "logps", "lse", "entropy", "grad_logps", "grad_entropy"]
-_PER_TOKEN += ["kl_coef", "entropy_coef", "log_ratio_clamp", "upstream"]
+_PER_TOKEN += ["center", "ref_logps", "logps", "top", "log_total", "entropy"]
+_PER_TOKEN += [
+    "grad_logps",
+    "grad_entropy",
+    "kl_coef",
+    "entropy_coef",
+    "log_ratio_clamp",
+    "upstream",
+]
 _kernel = triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PER_TOKEN)
 
 
 @_kernel
 def logps_forward_kernel(
-    logits, labels, temperature, logps, lse, entropy,
+    logits, labels, temperature, logps, top, log_total, entropy,
     rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
     stride_batch: tl.int64, stride_token: tl.int64,
     ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
@@ -242,25 +250,27 @@ def logps_forward_kernel(
     for token in range(tl.program_id(0), rows, tl.num_programs(0)):
         label = tl.load(labels + token)
         logp_t = 0.0
-        lse_t = 0.0
+        top_t = 0.0
+        log_total_t = 0.0
         entropy_t = 0.0
         if label >= 0:
             offset, lead, end = _place(
                 token, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
             )
-            logp_t, lse_t, entropy_t = _first_look(
+            logp_t, top_t, log_total_t, entropy_t = _first_look(
                 _row(logits, offset, VECTOR), lead, end, label, tl.load(temperature + token),
                 ENTROPY, ALIGNED, BLOCK,
             )  # fmt: skip
         tl.store(logps + token, logp_t)
-        tl.store(lse + token, lse_t)
+        tl.store(top + token, top_t)
+        tl.store(log_total + token, log_total_t)
         if ENTROPY:
             tl.store(entropy + token, entropy_t)
 
 
 @_kernel
 def logps_backward_kernel(
-    logits, dlogits, labels, temperature, logps, lse, entropy, grad_logps, grad_entropy,
+    logits, dlogits, labels, temperature, logps, top, log_total, entropy, grad_logps, grad_entropy,
     rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
     stride_batch: tl.int64, stride_token: tl.int64,
     grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
@@ -285,8 +295,9 @@ def logps_backward_kernel(
                 dentropy = tl.load(grad_entropy + token)
             _second_look(
                 _row(logits, offset, VECTOR), grad_row, lead, end, label,
-                tl.load(temperature + token), tl.load(logps + token), tl.load(lse + token),
-                entropy_t, tl.load(grad_logps + token), dentropy, ENTROPY, ALIGNED, BLOCK,
+                tl.load(temperature + token), tl.load(logps + token), tl.load(top + token),
+                tl.load(log_total + token), entropy_t, tl.load(grad_logps + token), dentropy,
+                ENTROPY, ALIGNED, BLOCK,
             )  # fmt: skip
         else:
             _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
@@ -318,7 +329,7 @@ def one_pass_kernel(
         if label >= 0:
             row = _row(logits, offset, VECTOR)
             temperature_t = tl.load(temperature + token)
-            logp, lse, entropy_t = _first_look(
+            logp, top, log_total, entropy_t = _first_look(
                 row, lead, end, label, temperature_t, ENTROPY, ALIGNED, BLOCK
             )
             weight_t = tl.load(weight + token)
@@ -331,7 +342,7 @@ def one_pass_kernel(
             )  # fmt: skip
             dentropy = -weight_t * tl.load(entropy_coef) if ENTROPY else 0.0
             _second_look(
-                row, grad_row, lead, end, label, temperature_t, logp, lse, entropy_t,
+                row, grad_row, lead, end, label, temperature_t, logp, top, log_total, entropy_t,
                 dlogp, dentropy, ENTROPY, ALIGNED, BLOCK,
             )  # fmt: skip
         else:
@@ -416,18 +427,20 @@ def _aligned_base(x: torch.Tensor, misaligned: int) -> torch.Tensor:
     return x.as_strided((1,), (1,), x.storage_offset() - misaligned)
 
 
-def logps_forward(logits, labels, temperature, logps, lse, entropy, with_entropy):
-    """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward the logsumexp into lse."""
-    tensors = (labels, temperature, logps, lse, entropy)
+def logps_forward(logits, labels, temperature, logps, top, log_total, entropy, with_entropy):
+    """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward top and log_total."""
+    tensors = (labels, temperature, logps, top, log_total, entropy)
     _launch(logps_forward_kernel, logits, None, tensors, ENTROPY=with_entropy)
 
 
 def logps_backward(
-    logits, dlogits, labels, temperature, logps, lse, entropy, grad_logps, grad_entropy,
-    with_entropy,
+    logits, dlogits, labels, temperature, logps, top, log_total, entropy, grad_logps,
+    grad_entropy, with_entropy,
 ):  # fmt: skip
     """Write into dlogits the gradient of logps and, with entropy, that of entropy (Eq. 8)."""
-    tensors = (labels, temperature, logps, lse, entropy, grad_logps, grad_entropy)
+    tensors = (
+        labels, temperature, logps, top, log_total, entropy, grad_logps, grad_entropy,
+    )  # fmt: skip
     _launch(logps_backward_kernel, logits, dlogits, tensors, ENTROPY=with_entropy)
 
 
