@@ -12,8 +12,7 @@ namespace {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
-// Columns whose maximum is found, and whose exponentials are then summed in float32, while they are
-// in the first-level cache: 64 to a lane, so that no chain of additions is longer.
+// Columns that are summed in float32: 64 to a lane, so that no chain of additions is longer.
 constexpr std::int64_t kBlock = 64 * kLanes;
 // Elements that a thread takes at a time, in whole rows.
 constexpr std::int64_t kShare = 1 << 15;
@@ -27,34 +26,40 @@ struct Look {
 // body(x) for each vector of columns from `begin` to `end`.
 template <typename T, typename Body>
 inline void read(const T* row, std::int64_t begin, std::int64_t end, Body body) {
+  const auto both = [&](Pair x) {
+    body(x.first);
+    body(x.second);
+  };
   std::int64_t column = begin;
-  for (; column + kLanes <= end; column += kLanes) body(load(row + column));
-  if (column < end) body(load_part(row + column, end - column));
+  for (; column + kStep <= end; column += kStep) both(load(row + column));
+  if (column < end) both(load_part(row + column, end - column));
 }
 
 // to = body(from) for each vector of columns.
 template <typename T, typename Body>
 inline void transform(const T* from, T* to, std::int64_t columns, Body body) {
+  const auto both = [&](Pair x) { return Pair{body(x.first), body(x.second)}; };
   std::int64_t column = 0;
-  for (; column + kLanes <= columns; column += kLanes) {
-    store(to + column, body(load(from + column)));
+  for (; column + kStep <= columns; column += kStep) {
+    store(to + column, both(load(from + column)));
   }
   if (column < columns) {
     const std::int64_t rest = columns - column;
-    store_part(to + column, body(load_part(from + column, rest)), rest);
+    store_part(to + column, both(load_part(from + column, rest)), rest);
   }
 }
 
 template <typename T>
 inline void store_one(T* to, float value) {
-  store_part(to, broadcast(value), 1);
+  store_part(to, {broadcast(value), broadcast(value)}, 1);
 }
 
 // An exponent bounded below, so that p·log p meets no 0·inf (Eq. 12).
 inline Floats bounded(Floats x) { return larger(broadcast(kLowestExponent), x); }
 
-// Eq. 1, 3 and 14 in one read from memory: per block a maximum, then a sum of exponentials. Sums
-// over blocks are in double precision.
+// Eq. 1, 3 and 14 in one read from memory. A block of columns is summed about the largest logit so
+// far; where it holds a larger one, which becomes rare, it is summed anew. Sums over blocks are in
+// double precision.
 template <bool kEntropy, typename T>
 Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, float temperature) {
   const float scale = kLog2E / temperature;
@@ -62,28 +67,30 @@ Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, float
   Doubles s = {}, r = {};
   for (std::int64_t begin = 0; begin < vocabulary; begin += kBlock) {
     const std::int64_t end = std::min(begin + kBlock, vocabulary);
-    Floats high = broadcast(kLowest);
-    read(row, begin, end, [&](Floats z) { high = larger(z, high); });
-    const float new_top = largest(high);
-    if (new_top > top) {
+    Floats block_s, block_r;
+    while (true) {
+      Floats high = broadcast(kLowest);
+      block_s = block_r = Floats{};
+      read(row, begin, end, [&](Floats z) {
+        high = larger(z, high);
+        const Floats x = bounded((z - top) * scale);
+        const Floats e = exp2(x);
+        block_s += e;
+        if (kEntropy) block_r = fma(e, x, block_r);
+      });
+      const float new_top = largest(high);
+      if (!(new_top > top)) break;
       const double gap = (double(new_top) - top) * scale, decay = std::exp2(-gap);
       if (kEntropy) r = (r - gap * s) * decay;
       s *= decay;
       top = new_top;
     }
-    Floats block_s = {}, block_r = {};
-    read(row, begin, end, [&](Floats z) {
-      const Floats x = bounded((z - top) * scale);
-      const Floats e = exp2(x);
-      block_s += e;
-      if (kEntropy) block_r = fma(e, x, block_r);
-    });
     s += __builtin_convertvector(block_s, Doubles);
     if (kEntropy) r += __builtin_convertvector(block_r, Doubles);
   }
   const double total = sum(s), log_total = std::log2(total);
   // A bad label reads nothing.
-  const double z = label < vocabulary ? load_part(row + label, 1)[0]
+  const double z = label < vocabulary ? load_part(row + label, 1).first[0]
                                       : std::numeric_limits<float>::quiet_NaN();
   const double logp = ((z - top) * scale - log_total) * kLn2;
   const double entropy = kEntropy ? (log_total - sum(r) / total) * kLn2 : 0.0;

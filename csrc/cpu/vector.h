@@ -25,7 +25,6 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef std::uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 
 inline Floats broadcast(float x) { return x - Floats{}; }
@@ -96,87 +95,92 @@ inline Floats exp2(Floats x) {
   return p * bits_of<Floats>(bits_of<Words>(shifted) << 23);
 }
 
-// The three types of logits, as they lie in memory.
+// Logits are read and written two vectors at a time. Of a half precision the first vector holds the
+// even columns and the second the odd ones: the low and the high halves of the words in memory.
+struct Pair {
+  Floats first, second;
+};
+
+constexpr int kStep = 2 * kLanes;
+
 struct Float32 {
   float value;
 };
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
 
-inline Floats load(const Float32* from) {
-  Floats x;
+inline Pair load(const Float32* from) {
+  Pair x;
   std::memcpy(&x, from, sizeof(x));
   return x;
 }
 
-inline void store(Float32* to, Floats x) { std::memcpy(to, &x, sizeof(x)); }
+inline void store(Float32* to, Pair x) { std::memcpy(to, &x, sizeof(x)); }
 
-inline Words load_bits(const void* from) {
-  HalfWords bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  // GCC 12 makes several instructions of the conversion where there is one.
-#if defined(__AVX512F__)
-  return (Words)_mm512_cvtepu16_epi32((__m256i)bits);
-#elif defined(__AVX2__)
-  return (Words)_mm256_cvtepu16_epi32((__m128i)bits);
-#else
-  return __builtin_convertvector(bits, Words);
-#endif
+// `widen` and `narrow` take and give 16 bits in the low half of each word.
+struct BFloat16 {
+  std::uint16_t bits;
+
+  static Floats widen(Words half) { return bits_of<Floats>(half << 16); }
+
+  static Words narrow(Floats x) {
+    const Words bits = bits_of<Words>(x);
+    // To nearest, ties to even; a NaN must not round to an infinity.
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return (x == x ? rounded : Words{} + 0x7fc00000) >> 16;
+  }
+};
+
+struct Float16 {
+  std::uint16_t bits;
+
+  static Floats widen(Words half) {
+    const Words magnitude = (half & 0x7fff) << 13;
+    // The product moves the exponent from one bias to the other, subnormal numbers too.
+    const Words finite = bits_of<Words>(bits_of<Floats>(magnitude) * broadcast(0x1p112f));
+    const Words value = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000 : finite;
+    return bits_of<Floats>(value | ((half & 0x8000) << 16));
+  }
+
+  static Words narrow(Floats x) {
+    const Words bits = bits_of<Words>(x);
+    const Words magnitude = bits & 0x7fffffff;
+    // From 2^-14 up: the bias moves, and 13 bits round away, to nearest, ties to even.
+    const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Below, a sum with 1/2 rounds to multiples of 2^-24, which then stand in the low bits.
+    const Floats half = broadcast(0.5f);
+    const Words sum = bits_of<Words>(bits_of<Floats>(magnitude) + half);
+    const Words special = magnitude > 0x7f800000u ? Words{} + 0x7e00 : Words{} + 0x7c00;
+    Words value = magnitude < (113u << 23) ? sum - bits_of<Words>(half) : normal;
+    value = magnitude >= (143u << 23) ? special : value;
+    return value | ((bits >> 16) & 0x8000);
+  }
+};
+
+template <typename Half>
+inline Pair load(const Half* from) {
+  Words halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return {Half::widen(halves & 0xffff), Half::widen(halves >> 16)};
 }
 
-inline void store_bits(void* to, Words x) {
-  const HalfWords bits = __builtin_convertvector(x, HalfWords);
-  std::memcpy(to, &bits, sizeof(bits));
+template <typename Half>
+inline void store(Half* to, Pair x) {
+  const Words halves = Half::narrow(x.first) | (Half::narrow(x.second) << 16);
+  std::memcpy(to, &halves, sizeof(halves));
 }
 
-inline Floats load(const BFloat16* from) { return bits_of<Floats>(load_bits(from) << 16); }
-
-inline void store(BFloat16* to, Floats x) {
-  const Words bits = bits_of<Words>(x);
-  // To nearest, ties to even; a NaN must not round to an infinity.
-  const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  store_bits(to, (x == x ? rounded : Words{} + 0x7fc00000) >> 16);
-}
-
-inline Floats load(const Float16* from) {
-  const Words bits = load_bits(from);
-  const Words magnitude = (bits & 0x7fff) << 13;
-  // The product moves the exponent from one bias to the other, subnormal numbers too.
-  const Words finite = bits_of<Words>(bits_of<Floats>(magnitude) * broadcast(0x1p112f));
-  const Words value = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000 : finite;
-  return bits_of<Floats>(value | ((bits & 0x8000) << 16));
-}
-
-inline void store(Float16* to, Floats x) {
-  const Words bits = bits_of<Words>(x);
-  const Words magnitude = bits & 0x7fffffff;
-  // From 2^-14 up: the bias moves, and 13 bits round away, to nearest, ties to even.
-  const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below, a sum with 1/2 rounds to multiples of 2^-24, which then stand in the low bits.
-  const Floats half = broadcast(0.5f);
-  const Words subnormal = bits_of<Words>(bits_of<Floats>(magnitude) + half) - bits_of<Words>(half);
-  const Words special = magnitude > 0x7f800000u ? Words{} + 0x7e00 : Words{} + 0x7c00;
-  Words value = magnitude < (113u << 23) ? subnormal : normal;
-  value = magnitude >= (143u << 23) ? special : value;
-  store_bits(to, value | ((bits >> 16) & 0x8000));
-}
-
-// The first `count` lanes in memory; the others are -inf, which adds nothing to any sum here.
+// The first `count` columns in memory; the others are -inf, which adds nothing to any sum here.
 template <typename T>
-inline Floats load_part(const T* from, std::int64_t count) {
-  T part[kLanes];
-  store(part, broadcast(-std::numeric_limits<float>::infinity()));
+inline Pair load_part(const T* from, std::int64_t count) {
+  T part[kStep];
+  const Floats nothing = broadcast(-std::numeric_limits<float>::infinity());
+  store(part, {nothing, nothing});
   std::memcpy(part, from, count * sizeof(T));
   return load(part);
 }
 
 template <typename T>
-inline void store_part(T* to, Floats x, std::int64_t count) {
-  T part[kLanes];
+inline void store_part(T* to, Pair x, std::int64_t count) {
+  T part[kStep];
   store(part, x);
   std::memcpy(to, part, count * sizeof(T));
 }
