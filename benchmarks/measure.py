@@ -205,7 +205,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, st
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "commit": commit or known or "unknown",
         "dirty": str(bool(_git("status", "--porcelain"))) if known and not commit else "unknown",
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
         "threads": str(torch.get_num_threads()),
         "cache_bytes": str(last_level_cache(device)),
