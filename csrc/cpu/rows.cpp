@@ -14,8 +14,9 @@ constexpr double kLn2 = 0.6931471805599453;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 // Columns that are summed in float32: 64 to a lane, so that no chain of additions is longer.
 constexpr std::int64_t kBlock = 64 * kLanes;
-// Elements that a thread takes at a time, in whole rows.
-constexpr std::int64_t kShare = 1 << 15;
+// Bytes that a thread takes at a time, in whole rows: enough to be worth asking for, and where there
+// is enough for everyone several huge pages, which two threads that touch one first would both clear.
+constexpr std::int64_t kLeast = std::int64_t{1} << 16, kMost = std::int64_t{1} << 22;
 
 // What the first look at a row finds: the label's log-prob, max z, log2 of the sum about it, the
 // entropy.
@@ -123,9 +124,10 @@ void for_each_row(const Rows& rows, Body body) {
   const T* logits = static_cast<const T*>(rows.logits);
   T* dlogits = static_cast<T*>(rows.dlogits);
   const std::int64_t tokens = rows.batch * rows.length;
-  const std::int64_t share = std::max<std::int64_t>(1, kShare / rows.vocabulary);
-  const int threads = static_cast<int>(std::min<std::int64_t>(rows.threads, tokens));
   if (tokens == 0) return;
+  const int threads = static_cast<int>(std::min<std::int64_t>(rows.threads, tokens));
+  const std::int64_t bytes = rows.vocabulary * sizeof(T), even = tokens / (4 * threads);
+  const std::int64_t share = std::max(kLeast / bytes, std::min(kMost / bytes, even)) + 1;
   // Which thread takes a row changes nothing in it.
 #pragma omp parallel num_threads(threads)
   {
