@@ -40,4 +40,4 @@ $(VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/* cs
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo build benchmarks/out

@@ -164,7 +164,8 @@ class BuildWithNinja(build_ext):
         if run.returncode or not target.exists():
             raise CannotBuild(f"{compiler[0]} failed: {first_error(run.stdout)}")
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-        return f"built by {version.partition(chr(10))[0]} for {', '.join(INSTRUCTION_SETS)}"
+        built_for = INSTRUCTION_SETS if link == "link" else (f"sm_{t}" for t in CUDA_TARGETS)
+        return f"built by {version.partition(chr(10))[0]} for {', '.join(built_for)}"
 
 
 def extension(name, sources):

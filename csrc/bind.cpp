@@ -60,8 +60,8 @@ py::dict instruction_sets() {
 Rows make_rows(Dtype dtype, int64_t batch, int64_t length, int64_t vocabulary, Address logits,
                int64_t stride_batch, int64_t stride_token, Address dlogits,
                int64_t grad_stride_batch, int64_t grad_stride_token, int threads) {
-  return {dtype,   batch,        length,       vocabulary,        logits,
-          stride_batch, stride_token, dlogits, grad_stride_batch, grad_stride_token, threads};
+  return {dtype,        batch,   length,            vocabulary,        logits, stride_batch,
+          stride_token, dlogits, grad_stride_batch, grad_stride_token, threads};
 }
 
 void logps_forward(const Kernels& kernels, const Rows& rows, Address labels, Address temperature,

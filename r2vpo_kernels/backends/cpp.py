@@ -37,11 +37,10 @@ def _kernels():
 
 
 def _rows(logits, dlogits=None):
-    # The stride of a dimension of size 1 is arbitrary and never used.
-    strides = [logits.stride(0), logits.stride(1)]
-    address, grad_strides = 0, [0, 0]
+    strides = logits.stride()[:2]
+    address, grad_strides = 0, (0, 0)
     if dlogits is not None:
-        address, grad_strides = dlogits.data_ptr(), [dlogits.stride(0), dlogits.stride(1)]
+        address, grad_strides = dlogits.data_ptr(), dlogits.stride()[:2]
         if dlogits is not logits:
             _cpp.advise_huge_pages(address, dlogits.numel() * dlogits.element_size())
     return _cpp.Rows(

@@ -229,14 +229,8 @@ _VARYING += ["stride_batch", "stride_token", "grad_stride_batch", "grad_stride_t
 # What is per token is read one number at a time: its alignment is nobody's concern.
 _PER_TOKEN = ["labels", "temperature", "weight", "old_logps", "advantages", "variance_coef"]
 _PER_TOKEN += ["center", "ref_logps", "logps", "top", "log_total", "entropy"]
-_PER_TOKEN += [
-    "grad_logps",
-    "grad_entropy",
-    "kl_coef",
-    "entropy_coef",
-    "log_ratio_clamp",
-    "upstream",
-]
+_PER_TOKEN += ["grad_logps", "grad_entropy", "upstream"]
+_PER_TOKEN += ["kl_coef", "entropy_coef", "log_ratio_clamp"]
 _kernel = triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PER_TOKEN)
 
 
