@@ -1,7 +1,13 @@
 """R²VPO: ratio-variance regularised policy optimisation, one pass over the logits."""
 
 from .dual import VarianceConstraint, fenchel_coef
-from .loss import r2vpo_loss, r2vpo_loss_from_logps, token_logps
+from .loss import (
+    linear_r2vpo_loss,
+    linear_token_logps,
+    r2vpo_loss,
+    r2vpo_loss_from_logps,
+    token_logps,
+)
 from .objective import R2VPOOutput, RatioStats
 
 __all__ = [
@@ -9,6 +15,8 @@ __all__ = [
     "RatioStats",
     "VarianceConstraint",
     "fenchel_coef",
+    "linear_r2vpo_loss",
+    "linear_token_logps",
     "r2vpo_loss",
     "r2vpo_loss_from_logps",
     "token_logps",

@@ -55,6 +55,18 @@ def check_integer(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected integers")
 
 
+def check_float(name: str, value: Tensor) -> None:
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        got = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: got {got}, expected a tensor of floats")
+
+
+def check_labels(labels: Tensor, shape: torch.Size, whose: str) -> None:
+    check_integer("labels", labels)
+    if labels.shape != shape:
+        raise invalid("labels", labels, f"shape {tuple(shape)}, that of {whose}")
+
+
 @dataclass(frozen=True)
 class Segments:
     """A partition of the tokens: `index` (N,) names each token's segment.

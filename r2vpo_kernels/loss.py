@@ -5,15 +5,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
-from .batch import Batch, check_integer, invalid
+from .batch import Batch, check_float, check_labels, invalid
+from .linear import LinearLogits
 from .objective import Objective, R2VPOOutput, evaluate, token_temperature
 
 
@@ -108,7 +110,7 @@ def r2vpo_loss(
     given, logits = logits, _check_logits(logits, labels)
     if inplace:
         _check_inplace(given)
-    backend = ops.choose_backend(backend, logits)
+    source = ops.Logits(logits, inplace, ops.choose_backend(backend, logits))
     batch, objective = _build(
         labels.shape,
         logits,
@@ -133,17 +135,22 @@ def r2vpo_loss(
         log_ratio_clamp=log_ratio_clamp,
         cu_seqlens=cu_seqlens,
     )
-    with_entropy = return_entropy or entropy_coef != 0
-    one_pass = objective.separable and reduction != "none"
-    if one_pass and ops.takes_one_pass(logits, backend):
-        carrier, logps, entropy = ops.one_pass(
-            logits, batch, objective, with_entropy, inplace, backend
-        )
+    return _by_route(source, batch, objective, reduction, return_entropy or entropy_coef != 0)
+
+
+def _by_route(
+    source: ops.Logits | LinearLogits,
+    batch: Batch,
+    objective: Objective,
+    reduction: str,
+    with_entropy: bool,
+) -> R2VPOOutput:
+    """One pass where each token's coefficient depends on that token alone; else from log-probs."""
+    if objective.separable and reduction != "none" and source.takes_one_pass:
+        carrier, logps, entropy = source.one_pass(batch, objective, with_entropy)
         out = evaluate(logps, entropy, batch, objective, reduction)
         return dataclasses.replace(out, loss=out.loss + carrier)
-    logps, entropy = ops.token_logps(
-        logits, batch.labels, objective.temperature, with_entropy, inplace, backend
-    )
+    logps, entropy = source.token_logps(batch.labels, objective.temperature, with_entropy)
     return evaluate(logps, entropy, batch, objective, reduction)
 
 
@@ -154,22 +161,115 @@ _KEYWORDS = {
     if parameter.kind is parameter.KEYWORD_ONLY
 }
 _OF_LOGITS = ("ignore_index", "temperature", "return_entropy", "inplace", "backend")
-_OF_LOGPS = {name: p for name, p in _KEYWORDS.items() if name not in _OF_LOGITS}
-_LOGPS_DEFAULTS = {name: parameter.default for name, parameter in _OF_LOGPS.items()}
 
 
-def _showing(shared: dict[str, inspect.Parameter]) -> Callable[[Any], Any]:
-    """Put the shared keywords in the place of `**keywords` in what help() and editors show."""
+def _sharing_keywords(*without: str) -> Callable[[Any], Any]:
+    """Let the `**keywords` of an entry be those of r2vpo_loss, but for some."""
+    shared = {name: p for name, p in _KEYWORDS.items() if name not in without}
+    defaults = {name: parameter.default for name, parameter in shared.items()}
 
     def decorate(function: Any) -> Any:
-        own = list(inspect.signature(function).parameters.values())[:-1]
-        function.__signature__ = inspect.Signature([*own, *shared.values()])
-        return function
+        *own, _ = inspect.signature(function).parameters.values()
+        known = [*(p.name for p in own), *defaults]
+
+        @functools.wraps(function)
+        def entry(*arguments: Any, **keywords: Any) -> R2VPOOutput:
+            for name in keywords:
+                if name not in known:
+                    expected = "one of " + ", ".join(known)
+                    raise TypeError(f"{name}: got an unknown keyword, expected {expected}")
+            return function(*arguments, **(defaults | keywords))
+
+        # What help() and editors show.
+        entry.__signature__ = inspect.Signature([*own, *shared.values()])  # type: ignore
+        return entry
 
     return decorate
 
 
-@_showing(_OF_LOGPS)
+@_sharing_keywords("inplace")
+def linear_r2vpo_loss(
+    hidden: Tensor,
+    weight: Tensor | nn.Module,
+    labels: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_tokens: int | None = None,
+    compact: bool = True,
+    **keywords: Any,
+) -> R2VPOOutput:
+    """The R²VPO loss from hidden states and the LM head (Eq. 27, 5); logits never exist as a whole.
+
+    In torch:
+
+        logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+        logits = softcap * torch.tanh(logits / softcap)  # unless softcap is None
+        loss = r2vpo_loss(logits, labels, old_logps, advantages, **keywords).loss
+
+    Where each token's gradient depends on that token alone (`center` "one" or given, token level, a
+    summed loss, not float16) it costs three matrix products, all in forward; otherwise four, two of
+    them in backward; without grad one. Memory, beside inputs and gradients: the logits of a chunk,
+    and a float32 sum of the weight's gradient where there are several chunks.
+
+    Args:
+        hidden: (B, T, H), or (N, H) packed; float32, bfloat16, float16 (float64: eager), a view or
+            not. What it holds at masked tokens is harmless. `hidden[:, t]` scores `labels[:, t]`.
+        weight: (V, H), in the dtype of hidden, unless under autocast, whose dtype the products then
+            have. Or the head itself, a torch.nn.Linear, whose weight and bias are taken; anything
+            that computes more, as an adapter does, is refused. A DTensor (FSDP2) is gathered once,
+            its gradient is the mean over ranks.
+        bias: (V,), or None.
+        softcap: C > 0 in C·tanh(logits / C), or None. Its slope takes a second buffer.
+        logit_scale: what hidden · weightᵀ + bias is multiplied by, before the softcap.
+        chunk_tokens: tokens in a chunk at most. None: all, where their logits need no more than the
+            budget of 256 MiB on a CPU, 1 GiB elsewhere, plus the float32 sum that one chunk saves;
+            else as many as the budget holds, in chunks of equal size.
+        compact: leave masked tokens out of every product, and tokens whose gradient is known to be
+            0 (advantage 0, no KL, no entropy bonus, and on-policy or λ = 0) out of those for the
+            gradient. On a GPU finding them waits for it once; False for no wait, and no saving.
+        keywords: those of `r2vpo_loss`, except inplace. Backend "eager" holds all logits.
+
+    Returns: R2VPOOutput. Its loss is differentiable in hidden, weight and bias, once; only what
+        requires grad is computed, in its own dtype. Sums over tokens and over the vocabulary are
+        float32.
+
+    Raises: as `r2vpo_loss`.
+
+    Source: DERIVATION.md, Eq. 27 to 29.
+    """
+    source = LinearLogits.build(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_tokens=chunk_tokens,
+        compact=compact,
+        backend=keywords.pop("backend"),
+    )
+    reduction, return_entropy = keywords["reduction"], keywords.pop("return_entropy")
+    batch, objective = _build(
+        labels.shape,
+        hidden,
+        {
+            "labels": labels,
+            "vocabulary": source.weight.shape[0],
+            "ignore_index": keywords.pop("ignore_index"),
+        },
+        old_logps=old_logps,
+        advantages=advantages,
+        **keywords,
+    )
+    with_entropy = return_entropy or keywords["entropy_coef"] != 0
+    return _by_route(source, batch, objective, reduction, with_entropy)
+
+
+@_sharing_keywords(*_OF_LOGITS)
 def r2vpo_loss_from_logps(
     logps: Tensor,
     old_logps: Tensor | None,
@@ -197,18 +297,13 @@ def r2vpo_loss_from_logps(
 
     Source: DERIVATION.md, Eq. 4 to 11.
     """
-    _check_float("logps", logps)
+    check_float("logps", logps)
     if logps.dim() not in (1, 2):
         raise invalid("logps", logps, "shape (B, T), or (N,) packed")
     if entropy is not None:
-        _check_float("entropy", entropy)
+        check_float("entropy", entropy)
         if entropy.shape != logps.shape:
             raise invalid("entropy", entropy, f"shape {tuple(logps.shape)}, that of logps")
-    for name in keywords:
-        if name not in _LOGPS_DEFAULTS:
-            expected = "one of entropy, " + ", ".join(_LOGPS_DEFAULTS)
-            raise TypeError(f"{name}: got an unknown keyword, expected {expected}")
-    keywords = _LOGPS_DEFAULTS | keywords
     if entropy is None and keywords["entropy_coef"] != 0:
         raise invalid("entropy", None, f"a tensor, for entropy_coef is {keywords['entropy_coef']}")
     batch, objective = _build(
@@ -253,7 +348,7 @@ def token_logps(
     Source: DERIVATION.md, Eq. 1, 3 and 8.
     """
     logits = _check_logits(logits, labels)
-    backend = ops.choose_backend(backend, logits)
+    source = ops.Logits(logits, False, ops.choose_backend(backend, logits))
     batch = Batch.build(
         labels.shape,
         logits,
@@ -262,13 +357,77 @@ def token_logps(
         ignore_index=ignore_index,
         mask=mask,
     )
+    return _log_probs(source, batch, temperature, return_entropy)
+
+
+def _log_probs(
+    source: ops.Logits | LinearLogits,
+    batch: Batch,
+    temperature: float | Tensor,
+    return_entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     temperature = token_temperature(batch, temperature)
-    logps, entropy = ops.token_logps(
-        logits, batch.labels, temperature, return_entropy, False, backend
-    )
+    logps, entropy = source.token_logps(batch.labels, temperature, return_entropy)
     if entropy is None:
-        return logps.reshape(labels.shape)
-    return logps.reshape(labels.shape), entropy.reshape(labels.shape)
+        return logps.reshape(batch.shape)
+    return logps.reshape(batch.shape), entropy.reshape(batch.shape)
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor | nn.Module,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    chunk_tokens: int | None = None,
+    compact: bool = True,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logps` from hidden states and the LM head (Eq. 27); logits never exist as a whole.
+
+    In torch:
+
+        logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+        logits = softcap * torch.tanh(logits / softcap)  # unless softcap is None
+        logps = token_logps(logits, labels, temperature=temperature)
+
+    One matrix product; for the gradient three more, in backward.
+
+    Args:
+        hidden, weight, bias, softcap, logit_scale, chunk_tokens, compact: as for
+            `linear_r2vpo_loss`; what the backward leaves out are tokens that get no gradient.
+        labels, temperature, mask, ignore_index, return_entropy, backend: as for `token_logps`.
+
+    Returns, raises: as `token_logps`.
+
+    Source: DERIVATION.md, Eq. 27 to 29.
+    """
+    source = LinearLogits.build(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_tokens=chunk_tokens,
+        compact=compact,
+        backend=backend,
+    )
+    batch = Batch.build(
+        labels.shape,
+        hidden,
+        labels=labels,
+        vocabulary=source.weight.shape[0],
+        ignore_index=ignore_index,
+        mask=mask,
+    )
+    return _log_probs(source, batch, temperature, return_entropy)
 
 
 _GEOMETRY = (
@@ -289,20 +448,12 @@ def _build(
     return batch, Objective.build(batch, **keywords)
 
 
-def _check_float(name: str, value: Tensor) -> None:
-    if not (isinstance(value, Tensor) and value.is_floating_point()):
-        got = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: got {got}, expected a tensor of floats")
-
-
 def _check_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """The logits as (B, T, V); a packed batch is one row of tokens."""
-    _check_float("logits", logits)
-    check_integer("labels", labels)
+    check_float("logits", logits)
     if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
         raise invalid("logits", logits, "shape (B, T, V), or (N, V) packed, with V of at least 1")
-    if labels.shape != logits.shape[:-1]:
-        raise invalid("labels", labels, f"shape {tuple(logits.shape[:-1])}, that of logits less V")
+    check_labels(labels, logits.shape[:-1], "logits less V")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise invalid("logits", f"stride {logits.stride(-1)} over V", "a contiguous vocabulary")
     return logits if logits.dim() == 3 else logits.unsqueeze(0)

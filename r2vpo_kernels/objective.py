@@ -44,6 +44,14 @@ class Objective:
         """Whether each token's gradient depends on that token alone."""
         return self.center is not None and self.ratio_level == "token"
 
+    @property
+    def known_zero(self) -> Tensor:
+        """Of a separable objective: (N,), where Eq. 7 is 0 whatever the logits."""
+        level = self.variance_coef == 0
+        if self.old_logps is None:
+            level = level | (self.center == 0)
+        return (self.advantages == 0) & level & (self.kl_coef == 0) & (self.entropy_coef == 0)
+
     @staticmethod
     def build(
         batch: Batch,

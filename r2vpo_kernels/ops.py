@@ -1,13 +1,14 @@
 """Registered ops over logits, the autograd Functions around them, and the choice of backend.
 
-The ops are opaque to torch.compile and carry no autograd of their own: `token_logps` and `one_pass`
-below are what the rest of the package calls.
+The ops are opaque to torch.compile and carry no autograd of their own: `Logits` at the end is what
+the rest of the package calls; linear.py builds the same on top of the ops that overwrite logits.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,13 @@ def choose_backend(name: str, logits: Tensor) -> str:
     if reason is not None:
         raise ValueError(f"backend: {name!r} is not available: {reason}")
     return name
+
+
+def advise_huge_pages(fresh: Tensor) -> Tensor:
+    """`fresh`, a tensor that nobody has touched, in huge pages where it is a CPU's memory."""
+    if fresh.device.type == "cpu" and "cpp" in KERNELS:
+        KERNELS["cpp"].advise_huge_pages(fresh)
+    return fresh
 
 
 def _looks(value: Tensor) -> bool:
@@ -123,10 +131,10 @@ def _empty_outputs(logits: Tensor, count: int, with_entropy: bool) -> tuple[Tens
 # and V where the label was bad. `entropy` is empty where it is not wanted. A name that ends in _
 # writes the gradient over the logits.
 
-_FORWARD = "Tensor labels, Tensor temperature, bool with_entropy, str backend"
-_BACKWARD = """Tensor labels, Tensor temperature, Tensor logps, Tensor top, Tensor log_total,
+FORWARD = "Tensor labels, Tensor temperature, bool with_entropy, str backend"
+BACKWARD = """Tensor labels, Tensor temperature, Tensor logps, Tensor top, Tensor log_total,
     Tensor entropy, Tensor grad_logps, Tensor grad_entropy, bool with_entropy, str backend"""
-_ONE_PASS = """Tensor labels, Tensor temperature, Tensor weight, Tensor? old_logps,
+ONE_PASS = """Tensor labels, Tensor temperature, Tensor weight, Tensor? old_logps,
     Tensor advantages, Tensor variance_coef, Tensor center, Tensor? ref_logps, Tensor kl_coef,
     Tensor entropy_coef, Tensor log_ratio_clamp, str kl_estimator, bool with_entropy, str backend"""
 
@@ -199,7 +207,7 @@ def _op(name: str, schema: str, mutates_args: tuple[str, ...] = ()):
     return register
 
 
-@_op("logps_forward", f"(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)")
+@_op("logps_forward", f"(Tensor logits, {FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)")
 def logps_forward(logits, labels, temperature, with_entropy, backend):
     """(logps, top, log2 total, entropy): Eq. 14, of which the backward needs the middle two."""
     outputs = _empty_outputs(logits, 3, with_entropy)
@@ -212,7 +220,7 @@ def _(logits, labels, temperature, with_entropy, backend):
     return _empty_outputs(logits, 3, with_entropy)
 
 
-@_op("logps_backward", f"(Tensor logits, {_BACKWARD}) -> Tensor")
+@_op("logps_backward", f"(Tensor logits, {BACKWARD}) -> Tensor")
 def logps_backward(logits, *rest):
     dlogits = _empty_gradient(logits)
     *tensors, backend = rest
@@ -225,13 +233,13 @@ def _(logits, *rest):
     return _empty_gradient(logits)
 
 
-@_op("logps_backward_", f"(Tensor(a!) logits, {_BACKWARD}) -> ()", ("logits",))
+@_op("logps_backward_", f"(Tensor(a!) logits, {BACKWARD}) -> ()", ("logits",))
 def logps_backward_(logits, *rest):
     *tensors, backend = rest
     KERNELS[backend].logps_backward(logits, logits, *tensors)
 
 
-@_op("one_pass", f"(Tensor logits, {_ONE_PASS}) -> (Tensor, Tensor, Tensor)")
+@_op("one_pass", f"(Tensor logits, {ONE_PASS}) -> (Tensor, Tensor, Tensor)")
 def one_pass_op(logits, *rest):
     """(logps, entropy, dL/dlogits for an upstream gradient of 1)."""
     *tensors, with_entropy, backend = rest
@@ -246,7 +254,7 @@ def _(logits, *rest):
     return *_empty_outputs(logits, 1, rest[-2]), _empty_gradient(logits)
 
 
-@_op("one_pass_", f"(Tensor(a!) logits, {_ONE_PASS}) -> (Tensor, Tensor)", ("logits",))
+@_op("one_pass_", f"(Tensor(a!) logits, {ONE_PASS}) -> (Tensor, Tensor)", ("logits",))
 def one_pass_op_(logits, *rest):
     *tensors, with_entropy, backend = rest
     outputs = _empty_outputs(logits, 1, with_entropy)
@@ -274,12 +282,20 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "r2vpo_kernels: the kernels have no second derivative; create_graph=True needs "
             "backend='eager'"
         )
+
+
+def hand_over(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """What forward found for an upstream gradient of 1, scaled; (B, T, V) like logits."""
+    if _graph_is_kept():
+        gradient = gradient.clone()
+    scale_(gradient, upstream, backend)
+    return gradient
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -293,7 +309,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy):
-        _refuse_double_backward()
+        refuse_double_backward()
         logits, *saved = ctx.saved_tensors
         # An upstream gradient may be expanded or strided.
         upstream = grad_logps.contiguous(), grad_entropy.contiguous()
@@ -329,50 +345,23 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        _refuse_double_backward()
+        refuse_double_backward()
         (dlogits,) = ctx.saved_tensors
-        if _graph_is_kept():
-            dlogits = dlogits.clone()
-        scale_(dlogits, upstream, ctx.backend)
-        return dlogits, *[None] * ctx.others
+        return hand_over(dlogits, upstream, ctx.backend), *[None] * ctx.others
 
 
-def token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    temperature: Tensor,
-    with_entropy: bool,
-    inplace: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Eq. 1 and Eq. 3, differentiable: (logps, entropy or None), each (N,)."""
-    if backend == "eager":
-        return reference.token_logps(logits, labels, temperature, with_entropy)
-    logps, entropy = _TokenLogps.apply(logits, labels, temperature, with_entropy, inplace, backend)
-    return logps, entropy if with_entropy else None
-
-
-def takes_one_pass(logits: Tensor, backend: str) -> bool:
-    """Whether the one-pass kernel serves these logits.
+def takes_one_pass(dtype: torch.dtype, backend: str, *inputs: Tensor | None) -> bool:
+    """Whether the one-pass kernel serves logits of this dtype, made of these inputs.
 
     Not float16: its gradients would underflow before a loss scale reaches them.
     """
-    wanted = torch.is_grad_enabled() and logits.requires_grad
-    return backend != "eager" and wanted and logits.dtype != torch.float16
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return wanted and backend != "eager" and dtype != torch.float16
 
 
-def one_pass(
-    logits: Tensor,
-    batch: Batch,
-    objective: Objective,
-    with_entropy: bool,
-    inplace: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(a zero that carries dL/dlogits, logps, entropy or None); only the zero is differentiable."""
-    carrier, logps, entropy = _OnePass.apply(
-        logits,
-        inplace and not torch.compiler.is_compiling(),
+def one_pass_arguments(batch: Batch, objective: Objective) -> tuple[Tensor | str | None, ...]:
+    """What the one-pass ops take between the logits and with_entropy."""
+    return (
         batch.labels,
         objective.temperature,
         batch.weight,
@@ -385,7 +374,39 @@ def one_pass(
         objective.entropy_coef,
         objective.log_ratio_clamp,
         objective.kl_estimator,
-        with_entropy,
-        backend,
     )
-    return carrier, logps, entropy if with_entropy else None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits (B, T, V) that are there as a whole."""
+
+    logits: Tensor
+    inplace: bool
+    backend: str
+
+    @property
+    def takes_one_pass(self) -> bool:
+        return takes_one_pass(self.logits.dtype, self.backend, self.logits)
+
+    def token_logps(
+        self, labels: Tensor, temperature: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Eq. 1 and Eq. 3, differentiable: (logps, entropy or None), each (N,)."""
+        if self.backend == "eager":
+            return reference.token_logps(self.logits, labels, temperature, with_entropy)
+        logps, entropy = _TokenLogps.apply(
+            self.logits, labels, temperature, with_entropy, self.inplace, self.backend
+        )
+        return logps, entropy if with_entropy else None
+
+    def one_pass(
+        self, batch: Batch, objective: Objective, with_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(a zero that carries dL/dlogits, logps, entropy or None); only it is differentiable."""
+        inplace = self.inplace and not torch.compiler.is_compiling()
+        arguments = one_pass_arguments(batch, objective)
+        carrier, logps, entropy = _OnePass.apply(
+            self.logits, inplace, *arguments, with_entropy, self.backend
+        )
+        return carrier, logps, entropy if with_entropy else None

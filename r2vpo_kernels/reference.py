@@ -21,6 +21,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """Eq. 27: the logits (N, V) of hidden states (N, H) by a head (V, H)."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(compute_dtype(logits.dtype)) * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def token_logps(
     logits: Tensor, labels: Tensor, temperature: Tensor, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:

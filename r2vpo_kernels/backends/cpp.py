@@ -36,13 +36,18 @@ def _kernels():
     return INSTRUCTION_SETS[INSTRUCTION_SET]
 
 
+def advise_huge_pages(fresh):
+    """Ask for them for memory that nobody has touched: page faults are most of what it costs."""
+    _cpp.advise_huge_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size())
+
+
 def _rows(logits, dlogits=None):
     strides = logits.stride()[:2]
     address, grad_strides = 0, (0, 0)
     if dlogits is not None:
         address, grad_strides = dlogits.data_ptr(), dlogits.stride()[:2]
         if dlogits is not logits:
-            _cpp.advise_huge_pages(address, dlogits.numel() * dlogits.element_size())
+            advise_huge_pages(dlogits)
     return _cpp.Rows(
         DTYPES[logits.dtype], *logits.shape, logits.data_ptr(), *strides, address, *grad_strides,
         torch.get_num_threads(),
