@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Bytes that the logits of a chunk may take, unless one chunk is to hold all tokens.
 CHUNK_BYTES = {"cpu": 2**28, "elsewhere": 2**30}
 # Elements at a time, where a temporary of all would be large.
-TILE = {"cpu": 2**22, "elsewhere": 2**25}
+TILE = {"cpu": 2**21, "elsewhere": 2**25}
 
 
 def _of_device(table, x):
@@ -54,7 +54,10 @@ def _product(a, b, scale, out, keep=False):
         # A product of halves comes rounded to them here: by blocks, without a second tensor.
         for rows in _blocks(*out.shape, out):
             part = _product(a[rows], b, scale, a.new_empty(out[rows].shape))
-            out[rows] = out[rows] + part if keep else part
+            if keep:
+                out[rows] += part
+            else:
+                out[rows] = part
     return out
 
 
@@ -103,9 +106,7 @@ class _Products:
             [place if order is None else order[place] for place in chunks] for chunks in places
         )
         longest = max((p.stop - p.start for chunks in places for p in chunks), default=0)
-        self.buffers = ops.advise_huge_pages(
-            self.weight.new_empty(buffers, longest, head.shape[0])
-        )
+        self.buffers = ops.advise_huge_pages(self.weight.new_empty(buffers, longest, head.shape[0]))
 
         def empty(x, *shape):
             # A sum over several chunks is float32; what is one product is rounded once.

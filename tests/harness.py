@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tolerance import Truth, assert_no_lean, assert_within, find_truth, output_rounding
+from tolerance import (
+    Linear,
+    Truth,
+    assert_no_lean,
+    assert_within,
+    find_truth,
+    output_rounding,
+)
 from torch import Tensor
 
 import r2vpo_kernels
+from r2vpo_kernels import ops
 from r2vpo_kernels.backends import triton_kernels
 from r2vpo_kernels.batch import Batch
 from r2vpo_kernels.objective import Objective
@@ -34,6 +42,7 @@ def truth_of(
     keywords: dict[str, Any],
     backend: str,
     upstream: Tensor | None = None,
+    logits_error: Tensor | None = None,
 ) -> Truth:
     """The float64 truth, and the bounds for a backend; `upstream` (N,) defaults to ones."""
     keywords = {"reduction": "token-mean"} | keywords
@@ -54,7 +63,14 @@ def truth_of(
         upstream = torch.ones_like(batch.weight)
     with_entropy = keywords.get("return_entropy", False) or given["entropy_coef"] != 0
     rounds_x = backend == "eager"
-    return find_truth(logits, batch, objective, upstream.double(), with_entropy, rounds_x)
+    return find_truth(
+        logits, batch, objective, upstream.double(), with_entropy, rounds_x, logits_error
+    )
+
+
+def truncates(backend: str, dtype: torch.dtype) -> bool:
+    """The interpreter truncates to bfloat16 where hardware rounds to nearest."""
+    return backend == "triton" and triton_kernels.INTERPRETED and dtype == torch.bfloat16
 
 
 def check_gradient(
@@ -66,14 +82,43 @@ def check_gradient(
 ) -> float:
     """Each element within its bound and the output's rounding, and all together without a lean."""
     dtype = dtype or gradient.dtype
-    # The interpreter truncates to bfloat16 where hardware rounds to nearest.
-    truncates = backend == "triton" and triton_kernels.INTERPRETED and dtype == torch.bfloat16
-    ulps = roundings * (1.0 if truncates else 0.5)
+    truncated = truncates(backend, dtype)
+    ulps = roundings * (1.0 if truncated else 0.5)
     exact, bound = truth.gradient, truth.gradient_bound
     used = assert_within("gradient", gradient, exact, bound, dtype=dtype, ulps=ulps)
     rounding = output_rounding(exact, bound, dtype, ulps)
-    assert_no_lean("gradient", gradient, exact, bound, rounding, truncates)
+    assert_no_lean("gradient", gradient, exact, bound, rounding, truncated)
     return used
+
+
+def upstream_of(labels: Tensor, keywords: dict[str, Any], factor: float) -> Tensor:
+    """What to differentiate the loss with."""
+    if keywords.get("reduction") != "none":
+        return torch.full((), factor, device=labels.device)
+    # Different for each token, and not contiguous.
+    tokens = torch.linspace(-1.0, 2.0, labels.numel(), device=labels.device)
+    return torch.stack([tokens, tokens], -1)[:, 0].reshape(labels.shape) * factor
+
+
+def check_values(out: Any, truth: Truth, each: Tensor) -> dict[str, float]:
+    """Everything but the gradient held to the truth: {name: the worst share of its budget}."""
+    used = {"logps": assert_within("logps", out.logps, truth.logps, truth.logps_bound)}
+    if out.entropy is not None:
+        used["entropy"] = assert_within("entropy", out.entropy, truth.entropy, truth.entropy_bound)
+    loss, bound = truth.loss, truth.loss_bound
+    if out.loss.dim() == 0:
+        loss, bound = loss.sum(), bound.sum()
+    used["loss"] = assert_within("loss", out.loss * each, loss, bound)
+    names = ("weight", "d_sum", "d_sq_sum")
+    for name, value, bound in zip(names, truth.stats, truth.stats_bound, strict=True):
+        used[f"stats.{name}"] = assert_within(name, getattr(out.stats, name), value, bound)
+    return used
+
+
+def record(backend: str, dtype: torch.dtype, used: dict[str, float]) -> None:
+    for name, share in used.items():
+        key = (backend, str(dtype).removeprefix("torch."), name)
+        USED[key] = max(USED.get(key, 0.0), share)
 
 
 def check_case(
@@ -86,30 +131,60 @@ def check_case(
         seen = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
         seen = seen.copy_(leaf)
     out = r2vpo_kernels.r2vpo_loss(seen, labels, backend=backend, **keywords)
-    if keywords.get("reduction") == "none":
-        # Different for each token, and not contiguous.
-        tokens = torch.linspace(-1.0, 2.0, labels.numel(), device=leaf.device)
-        each = torch.stack([tokens, tokens], -1)[:, 0].reshape(labels.shape) * upstream
-    else:
-        each = torch.full((), upstream, device=leaf.device)
+    each = upstream_of(labels, keywords, upstream)
     (gradient,) = torch.autograd.grad(out.loss, leaf, each)
     truth = truth_of(logits, labels, keywords, backend, each.expand(labels.shape).reshape(-1))
-
-    used = {}
-    used["logps"] = assert_within("logps", out.logps, truth.logps, truth.logps_bound)
-    if out.entropy is not None:
-        used["entropy"] = assert_within("entropy", out.entropy, truth.entropy, truth.entropy_bound)
-    loss, bound = truth.loss, truth.loss_bound
-    actual = out.loss * each
-    if out.loss.dim() == 0:
-        loss, bound = loss.sum(), bound.sum()
-    used["loss"] = assert_within("loss", actual, loss, bound)
+    used = check_values(out, truth, each)
     # What the one-pass route has rounded, an upstream gradient other than 1 rounds again.
     roundings = 2 if upstream != 1.0 and out.loss.dim() == 0 else 1
     used["gradient"] = check_gradient(gradient, truth, backend, roundings)
-    names = ("weight", "d_sum", "d_sq_sum")
-    for name, value, bound in zip(names, truth.stats, truth.stats_bound, strict=True):
-        used[f"stats.{name}"] = assert_within(name, getattr(out.stats, name), value, bound)
-    for name, share in used.items():
-        key = (backend, str(logits.dtype).removeprefix("torch."), name)
-        USED[key] = max(USED.get(key, 0.0), share)
+    record(backend, logits.dtype, used)
+
+
+def check_linear_case(
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    head: dict[str, Any],
+    keywords: dict[str, Any],
+    backend: str,
+    upstream: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """As `check_case`, from hidden, weight and perhaps bias; `dtype`: of the logits."""
+    dtype = dtype or inputs["hidden"].dtype
+    backend = ops.choose_backend(backend, inputs["hidden"])
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    out = r2vpo_kernels.linear_r2vpo_loss(
+        leaves["hidden"], leaves["weight"], labels, bias=leaves.get("bias"), backend=backend,
+        **head, **keywords,
+    )  # fmt: skip
+    each = upstream_of(labels, keywords, upstream)
+    gradients = torch.autograd.grad(out.loss, list(leaves.values()), each)
+
+    valid = labels != keywords.get("ignore_index", -100)
+    if keywords.get("mask") is not None:
+        valid = valid & (keywords["mask"] != 0)
+    exact = {name: x.detach().to(dtype).double() for name, x in inputs.items()}
+    width = exact["hidden"].shape[-1]
+    hidden = torch.where(valid[..., None], exact["hidden"], 0.0).reshape(-1, width)
+    linear = Linear(
+        hidden, exact["weight"], exact.get("bias"), head.get("softcap"),
+        head.get("logit_scale", 1.0), dtype,
+    )  # fmt: skip
+    logits = linear.logits().reshape(*labels.shape, -1)
+    truth = truth_of(
+        logits, labels, keywords, backend, each.expand(labels.shape).reshape(-1),
+        linear.logits_error(),
+    )  # fmt: skip
+    used = check_values(out, truth, each)
+    truncated = truncates(backend, dtype)
+    found = linear.gradients(truth.gradient, truth.gradient_bound, truncated)
+    # What is rounded to the dtype of the products, an upstream gradient other than 1 rounds again.
+    ulps = 1.0 if upstream != 1.0 else 0.5
+    for (name, x), gradient, (true, bound) in zip(leaves.items(), gradients, found, strict=False):
+        assert gradient.dtype == x.dtype
+        used[f"d{name}"] = assert_within(name, gradient, true, bound, dtype=dtype, ulps=ulps)
+        rounding = output_rounding(true, bound, dtype, ulps)
+        assert_no_lean(name, gradient, true, bound, rounding, truncated)
+    shown = ["logps", *(f"d{name}" for name in leaves)]
+    record(backend, dtype, {f"linear {name}": used[name] for name in shown})

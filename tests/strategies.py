@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from r2vpo_kernels.batch import REDUCTIONS
+from r2vpo_kernels.reference import linear_logits
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +45,9 @@ class Case:
     def tokens(self) -> int:
         return self.batch * self.length
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def tensors(
+        self, device: torch.device, logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """(logits, labels, keywords): old_logps and advantages are among the keywords."""
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -52,7 +55,8 @@ class Case:
             return torch.randn(shape, generator=generator)
 
         B, T, V = self.batch, self.length, self.vocabulary
-        logits = laid_out((self.scale * normal(B, T, V)).to(self.dtype), self.layout)
+        if logits is None:
+            logits = laid_out((self.scale * normal(B, T, V)).to(self.dtype), self.layout)
         labels = torch.randint(0, V, (B, T), generator=generator)
         mask = None
         if self.masking == "ignore":
@@ -161,3 +165,53 @@ def cases(draw, **fixed: Any) -> Case:
     )
     case.extra = fixed.get("extra", {})
     return case
+
+
+@dataclass
+class LinearCase:
+    """A drawn call of `linear_r2vpo_loss`: a head and hidden states for the rest of a `Case`."""
+
+    case: Case
+    width: int
+    bias: bool
+    head: dict[str, Any]
+
+    def tensors(
+        self, device: torch.device
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Any], dict[str, Any]]:
+        """(inputs, labels, keywords of the head, the other keywords)."""
+        case, H = self.case, self.width
+        generator = torch.Generator().manual_seed(case.seed + 1)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        spread = case.scale / H**0.5
+        inputs = {
+            "hidden": laid_out(normal(case.batch, case.length, H).to(case.dtype), case.layout),
+            "weight": (spread * normal(case.vocabulary, H)).to(case.dtype),
+        }
+        if self.bias:
+            inputs["bias"] = normal(case.vocabulary).to(case.dtype)
+        exact = {name: x.double() for name, x in inputs.items()}
+        logits = linear_logits(
+            exact["hidden"], exact["weight"], exact.get("bias"), self.head["softcap"],
+            self.head["logit_scale"],
+        )  # fmt: skip
+        _, labels, keywords = case.tensors(device, logits.float())
+        if case.packed:
+            inputs["hidden"] = inputs["hidden"].reshape(-1, H)
+        inputs = {name: x.to(device) for name, x in inputs.items()}
+        return inputs, labels, self.head, keywords
+
+
+@st.composite
+def linear_cases(draw, **fixed: Any) -> LinearCase:
+    head = {
+        "softcap": draw(st.sampled_from([None, None, 4.0])),
+        "logit_scale": draw(st.sampled_from([1.0, 1.0, 0.5, -1.5])),
+        "chunk_tokens": draw(st.sampled_from([None, 1, 3, 5, 100])),
+        "compact": draw(st.booleans()),
+    }
+    width = draw(st.sampled_from([1, 5, 16, 24]))
+    return LinearCase(draw(cases(**fixed)), width, draw(st.booleans()), head)

@@ -1,4 +1,4 @@
-"""The error budget of DERIVATION.md, Eq. 19 to 26, and the checker that holds results to it.
+"""The error budget of DERIVATION.md, Eq. 19 to 26 and 29, and the checker that holds results to it.
 
 Truth is the specification in float64 on the same (rounded) inputs; each bound is derived per
 element, nothing is tuned.
@@ -46,10 +46,12 @@ def find_truth(
     upstream: Tensor,
     with_entropy: bool,
     rounds_x: bool,
+    logits_error: Tensor | None = None,
 ) -> Truth:
     """`logits` (B, T, V) float64, `upstream` (N,): the gradient that reaches each token's loss.
 
     rounds_x: x = z / temperature is rounded, and not only its distance from the maximum.
+    logits_error: (N, V), how far off the logits were that were computed with (Eq. 29).
     """
     logits = logits.detach().requires_grad_()
     labels, temperature = batch.labels, objective.temperature
@@ -80,6 +82,12 @@ def find_truth(
     size = torch.where(values.isfinite(), values.abs(), 0.0)
     dlogp = log_p_error(size, largest)
     zero = torch.zeros_like(dlogp)
+    if logits_error is not None:
+        dx = logits_error / temperature[:, None] * valid[:, None]
+        dlse = (2 * dx.amax(-1)).exp() * (p * dx).sum(-1)
+        each = each + dx + dlse[:, None]
+        each = torch.expm1(2 * each) / 2
+        dlogp = dlogp + dx.gather(-1, labels.clamp(0, vocabulary - 1)[:, None])[:, 0] + dlse
 
     # Eq. 20: the log-ratio; on-policy it is 0 without an error.
     def difference_error(other):
@@ -118,6 +126,7 @@ def find_truth(
         g_bound = batch.sequences.spread(total) + 8 * U * g.abs()
     value_bound = w * ratio * (advantages + 2 * coef * gap) * (2 * ddelta + 8 * U)
     value_bound = value_bound + w * coef * gap * (2 * dgap + 8 * U * gap)
+    value_bound = value_bound + w * coef * (2 * ratio * ddelta + dgap) ** 2
     if objective.ref_logps is not None:
         beta = objective.kl_coef.abs() * w
         dq = difference_error(objective.ref_logps)
@@ -131,7 +140,7 @@ def find_truth(
             slope_bound, slope, value = (
                 dq + 8 * U * q.abs(),
                 q.abs(),
-                q.abs() * (dq + 8 * U * q.abs()),
+                q.abs() * (dq + 8 * U * q.abs()) + dq**2,
             )
         else:
             slope = q.expm1().abs()
@@ -142,7 +151,8 @@ def find_truth(
 
     # Eq. 22 and 24: entropy, and the gradient of the logits.
     onehot = torch.zeros_like(p).scatter_(-1, labels.clamp(0, vocabulary - 1)[:, None], 1.0)
-    gradient_bound = g_bound[:, None] * (onehot - p).abs() + g.abs()[:, None] * p * each
+    g_size = (g.abs() + g_bound)[:, None]
+    gradient_bound = g_bound[:, None] * (onehot - p).abs() + g_size * p * each
     entropy_value = entropy_bound = zero
     if entropy is not None:
         entropy_value = entropy.detach()
@@ -150,7 +160,7 @@ def find_truth(
         entropy_bound = (p * (1 + pull) * each).sum(-1)
         eta = (objective.entropy_coef.abs() * w)[:, None]
         gradient_bound = gradient_bound + eta * p * (
-            pull * (each + 8 * U) + each + entropy_bound[:, None]
+            pull * (each + 8 * U) + (each + entropy_bound[:, None]) * (1 + each)
         )
         value_bound = value_bound + eta[:, 0] * (entropy_bound + 8 * U * entropy_value.abs())
     gradient_bound = gradient_bound / temperature[:, None]
@@ -175,6 +185,64 @@ def find_truth(
         tuple(batch.groups.sum(m) for m in moments),
         tuple(batch.groups.sum(m) for m in moment_bounds),
     )
+
+
+@dataclass
+class Linear:
+    """A head in float64, and what is known of a computation with it."""
+
+    hidden: Tensor  # (N, H), 0 where masked
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    dtype: torch.dtype  # of the logits
+
+    def logits(self) -> Tensor:
+        return reference.linear_logits(
+            self.hidden, self.weight, self.bias, self.softcap, self.logit_scale
+        )
+
+    def _uncapped_error(self) -> tuple[Tensor, Tensor]:
+        """(z', δz')"""
+        z = reference.linear_logits(self.hidden, self.weight, self.bias, None, self.logit_scale)
+        size = self.hidden.abs() @ self.weight.abs().t()
+        if self.bias is not None:
+            size = size + self.bias.abs()
+        width = self.hidden.shape[1]
+        v = torch.finfo(self.dtype).eps / 2
+        return z, v * z.abs() + (width + 3) * U * abs(self.logit_scale) * size
+
+    def logits_error(self) -> Tensor:
+        _, error = self._uncapped_error()
+        if self.softcap is None:
+            return error
+        return error + (torch.finfo(self.dtype).eps / 2 + 4 * U) * self.logits().abs()
+
+    def gradients(
+        self, dlogits: Tensor, bound: Tensor, truncates: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(truth, bound before output rounding) for hidden states, weight and bias (Eq. 29)."""
+        v = torch.finfo(self.dtype).eps / 2
+        tiny = torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+        bound = bound + (2 if truncates else 1) * v * (dlogits.abs() + bound) + tiny
+        if self.softcap is not None:
+            z, error = self._uncapped_error()
+            t = torch.tanh(z / self.softcap)
+            slope, error = 1 - t * t, error / self.softcap
+            slope_bound = 2 * t.abs() * slope * error + error**2 + 4 * U + v * slope
+            size = dlogits.abs() + bound
+            bound = slope * bound + size * slope_bound
+            bound = bound + v * size * (slope + slope_bound) + tiny
+            dlogits = dlogits * slope
+        scale, (tokens, vocabulary) = abs(self.logit_scale), dlogits.shape
+        size = dlogits.abs() + bound
+        over_v, over_n = bound + (vocabulary + 2) * U * size, bound + ((tokens + 2) * U + v) * size
+        return [
+            (self.logit_scale * dlogits @ self.weight, scale * over_v @ self.weight.abs()),
+            (self.logit_scale * dlogits.t() @ self.hidden, scale * over_n.t() @ self.hidden.abs()),
+            (self.logit_scale * dlogits.sum(0), scale * over_n.sum(0)),
+        ]
 
 
 def output_rounding(truth: Tensor, bound: Tensor, dtype: torch.dtype, ulps: float) -> Tensor:
