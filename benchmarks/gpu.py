@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 # Seconds, all in all: 15 short of nine minutes.
 TOTAL = 525.0
-TESTS = ["test_parity.py", "test_laws.py", "test_known_bugs.py", "test_ops.py"]
+TESTS = [f"test_{x}.py" for x in ("parity", "laws", "known_bugs", "ops", "linear")]
 TEST_PROCESSES = 8
 GRID = ["--n", "8192", "16384", "--v", "151936", "32000"]
 # A one-pass loss against a copy of the same bytes, and bytes per logit against Eq. 15.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from r2vpo_kernels import VarianceConstraint, r2vpo_loss, token_logps
+from r2vpo_kernels import VarianceConstraint, linear_r2vpo_loss, r2vpo_loss, token_logps
 
 DEVICE = "cuda"
 ROUTES: dict[str, dict[str, Any]] = {
@@ -28,6 +29,14 @@ ROUTES: dict[str, dict[str, Any]] = {
     "group": {"center": "group", "group_size": 2},
     "sequence": {"ratio_level": "sequence", "reduction": "seq-mean-token-mean"},
     "none": {"reduction": "none"},
+}
+# The linear route by its keywords, and how often it waits for the device: once to find which tokens
+# are masked, and once in a backward to find which have a gradient.
+LINEAR_ROUTES: dict[str, tuple[dict[str, Any], int]] = {
+    "linear": ({}, 1),
+    "linear, group": ({"center": "group"}, 2),
+    "linear, compact=False": ({"compact": False}, 0),
+    "linear, group, compact=False": ({"center": "group", "compact": False}, 0),
 }
 # Tokens and vocabulary whose DRAM bytes are counted, and the launches in their order, each with the
 # bytes per bfloat16 logit that Eq. 15 gives.
@@ -61,6 +70,13 @@ def call(
         logits, labels, old_logps, advantages, backend="triton",
         ref_logps=old_logps - 0.1 if "kl_coef" in keywords else None, **keywords,
     )  # fmt: skip
+    (out.loss.sum() * 0.5).backward()
+    return out
+
+
+def linear_call(hidden: Tensor, *arguments: Any, head: Tensor, **keywords: Any) -> Any:
+    """The same from hidden states."""
+    out = linear_r2vpo_loss(hidden, head, *arguments, backend="triton", **keywords)
     (out.loss.sum() * 0.5).backward()
     return out
 
@@ -102,18 +118,27 @@ def syncs() -> dict[str, Any]:
     """Host synchronisations in loss, backward, metrics and a step of the dual, by route."""
     found: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float16):
+        constraint = VarianceConstraint(0.02, device=DEVICE)
+        logits, *rest = draw(4, 8, 50257, dtype)
+        hidden = torch.randn(4, 8, 64, dtype=dtype, device=DEVICE, requires_grad=True)
+        head = torch.randn(50257, 64, dtype=dtype, device=DEVICE, requires_grad=True)
+        steps: dict[str, tuple[Callable[..., Any], Tensor, dict[str, Any], int]] = {}
         for route, keywords in ROUTES.items():
-            constraint = VarianceConstraint(0.02, device=DEVICE)
-            logits, *rest = draw(4, 8, 50257, dtype)
-            leaf = logits.requires_grad_()
+            steps[route] = call, logits.requires_grad_(), keywords, 0
+        for route, (keywords, expected) in LINEAR_ROUTES.items():
+            # float16 recomputes on every route.
+            again = dtype == torch.float16 and expected == 1
+            steps[route] = linear_call, hidden, keywords | {"head": head}, expected + again
+        for route, (function, leaf, keywords, expected) in steps.items():
 
             def once(
+                function: Callable[..., Any] = function,
                 leaf: Tensor = leaf,
                 rest: list[Tensor] = rest,
                 constraint: VarianceConstraint = constraint,
                 keywords: dict[str, Any] = keywords,
             ) -> None:
-                out = call(leaf * 1, *rest, variance_coef=constraint.coef, **keywords)
+                out = function(leaf * 1, *rest, variance_coef=constraint.coef, **keywords)
                 out.metrics()
                 constraint.step(out.stats)
 
@@ -132,11 +157,12 @@ def syncs() -> dict[str, Any]:
             except RuntimeError as raised:
                 error = str(raised).partition("\n")[0]
             torch.cuda.set_sync_debug_mode("default")
+            ok = count == expected and bool(error) == (expected > 0)
             name = f"{str(dtype).removeprefix('torch.')} {route}"
-            found[name] = {"count": count, "error": error}
-    ok = all(x == {"count": 0, "error": ""} for x in found.values())
-    note = f"{sum(x['count'] for x in found.values())} on {len(found)} routes"
-    return {"ok": ok, "note": note, "routes": found}
+            found[name] = {"count": count, "expected": expected, "error": error, "ok": ok}
+    note = f"{sum(x['count'] for x in found.values())} on {len(found)} routes, "
+    note += f"{sum(x['expected'] for x in found.values())} expected"
+    return {"ok": all(x["ok"] for x in found.values()), "note": note, "routes": found}
 
 
 def sanitize() -> None:

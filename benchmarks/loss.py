@@ -12,7 +12,6 @@ cache, and drops the gradient. Writes loss.csv and loss.png into --out.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Sequence
@@ -29,12 +28,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from contenders import Contender, Function, Sizes, Task, contenders  # noqa: E402
 from measure import (  # noqa: E402
     MOST_STEPS,
+    Row,
     Spread,
     Stopwatch,
+    add_options,
+    begin,
     copy_times,
-    environment,
+    draw_times,
+    failed,
     how_many_buffers,
     peak_memory,
+    spread_text,
+    timed,
+    write_csv,
 )
 from parity import Exact, check, find_exact, make_task  # noqa: E402
 
@@ -45,7 +51,6 @@ FULL_N = {"cpu": [256, 1024], "cuda": [1024, 8192, 16384]}
 SCRATCH = 20
 WARM_UPS = 2
 
-Row = dict[str, Any]
 COLUMNS = [
     "n", "v", "dtype", "contender", "status", "budget_used", "rms_over_eager",
     "forward_ms", "forward_iqr_ms", "backward_ms", "backward_iqr_ms", "both_ms", "both_iqr_ms",
@@ -122,7 +127,7 @@ def measure(
     for i in range(WARM_UPS):
         step(contender, function, buffers[i], task, watch)
 
-    forward, backward, host = [], [], []
+    steps, host = [], []
     for n in range(rounds):
         first = n * MOST_STEPS % len(buffers)
         turn = buffers[first:] + buffers[:first]
@@ -130,23 +135,19 @@ def measure(
         refill(turn)
         for buffer in turn[:MOST_STEPS]:
             results = step(contender, function, buffer, task, watch)
-            laps = watch.laps()
+            steps.append(watch.laps())
             host.append(watch.host)
-            forward.append(laps[0])
-            backward += laps[1:]
             del results
     refill(buffers)
-    row |= {"status": "timed", "samples": len(forward)}
-    timed = {"forward": forward, "both": forward}
-    if backward:
-        timed |= {"backward": backward}
-        timed["both"] = [f + b for f, b in zip(forward, backward, strict=True)]
-    for name, samples in timed.items():
-        spread = Spread.of(samples)
-        row |= {f"{name}_ms": spread.median, f"{name}_iqr_ms": spread.iqr}
+    row |= timed(steps)
     if pristine.is_cuda:
         row["host_ms"] = Spread.of(host).median
     return row
+
+
+def sequences_of(n: int) -> int:
+    """How many sequences of equal length, of 2 at least, n tokens are."""
+    return next(b for b in (8, 4, 2, 1) if n % b == 0 and n // b >= 2)
 
 
 def cell(
@@ -160,7 +161,7 @@ def cell(
     count = how_many_buffers(size, SCRATCH * n * v, device)
     if count == 0:
         return [base | {"contender": c.name, "status": "no: too little memory"} for c in entrants]
-    sequences = next(b for b in (8, 4, 2, 1) if n % b == 0 and n // b >= 2)
+    sequences = sequences_of(n)
     pristine = torch.empty(sequences, n // sequences, v, dtype=dtype, device=device)
     pristine.normal_(0, 3, generator=torch.Generator(device).manual_seed(0))
     buffers = [pristine.clone() for _ in range(count)]
@@ -219,15 +220,6 @@ def cell(
     return rows
 
 
-def write_csv(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *machine], restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            shown = {k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()}
-            writer.writerow(shown | machine)
-
-
 def show(rows: list[Row]) -> None:
     """A table of one cell."""
     first = rows[0]
@@ -236,11 +228,6 @@ def show(rows: list[Row]) -> None:
         f"{'':22}{'forward ms':>16}{'backward ms':>16}{'both ms':>18}{'peak MB':>9}"
         f"{'B/logit':>8}{'GB/s':>8}{'copy':>6}  {'budget':>6} {'eager':>5}"
     )
-
-    def spread(row: Row, name: str) -> str:
-        if f"{name}_ms" not in row:
-            return ""
-        return f"{row[f'{name}_ms']:.4g} ±{row[f'{name}_iqr_ms']:.2g}"
 
     for row in rows:
         if row["status"] != "timed":
@@ -253,9 +240,9 @@ def show(rows: list[Row]) -> None:
         if "budget_used" in row:
             parity = f"{row['budget_used']:6.2f} {row['rms_over_eager']:5.2f}"
         print(
-            f"{row['contender']:22}{spread(row, 'forward'):>16}{spread(row, 'backward'):>16}"
-            f"{spread(row, 'both'):>18}{'' if peak is None else f'{peak / 1e6:.0f}':>9}"
-            f"{traffic:8.3g}{row['gb_per_s']:8.3g}{row['share_of_copy']:6.2f}  {parity}"
+            f"{row['contender']:22}{spread_text(row, 'forward'):>16}"
+            f"{spread_text(row, 'backward'):>16}{spread_text(row, 'both'):>18}"
+            f"{'' if peak is None else f'{peak / 1e6:.0f}':>9}{traffic:8.3g}{row['gb_per_s']:8.3g}{row['share_of_copy']:6.2f}  {parity}"
         )
 
 
@@ -269,25 +256,17 @@ def plot(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
     """A panel for each shape: milliseconds, forward and backward, against one copy."""
     from matplotlib.figure import Figure
 
-    timed = [r for r in rows if r["status"] == "timed"]
-    cells = list(dict.fromkeys((r["n"], r["v"]) for r in timed))
+    shown = [r for r in rows if r["status"] == "timed"]
+    cells = list(dict.fromkeys((r["n"], r["v"]) for r in shown))
     if not cells:
         return
-    names = list(dict.fromkeys(r["contender"] for r in timed if r["contender"] != "copy"))
+    names = {r["contender"] for r in shown if r["contender"] != "copy"}
     figure = Figure(figsize=(8, 0.8 + len(cells) * (0.8 + 0.28 * len(names))), layout="constrained")
     panels = figure.subplots(len(cells), squeeze=False)[:, 0]
     for (n, v), panel in zip(cells, panels, strict=True):
-        here = {r["contender"]: r for r in timed if (r["n"], r["v"]) == (n, v)}
-        copy = here.pop("copy")["both_ms"]
-        shown = [name for name in reversed(names) if name in here]
-        width = [here[name]["both_ms"] for name in shown]
-        spread = [here[name]["both_iqr_ms"] / 2 for name in shown]
-        bars = panel.barh(shown, width, xerr=spread, color="C0", ecolor="0.3", height=0.7)
-        panel.bar_label(bars, labels=[f" {w:.3g}" for w in width], fontsize="small")
-        panel.axvline(copy, color="C1", linestyle="--", label=f"one copy of the logits: {copy:.3g}")
-        panel.set(xscale="log", title=f"{n} tokens, vocabulary {v}, {here[shown[0]]['dtype']}")
-        panel.set_xlim(min([copy, *width]) / 1.5, max([copy, *width]) * 2)
-        panel.legend(fontsize="small")
+        copy, *rest = (r for r in shown if (r["n"], r["v"]) == (n, v))
+        draw_times(panel, rest, copy["both_ms"], "one copy of the logits")
+        panel.set_title(f"{n} tokens, vocabulary {v}, {copy['dtype']}")
     panels[-1].set_xlabel(
         f"ms, forward and backward (log-probs: forward alone)\n"
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
@@ -304,25 +283,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--v", type=int, nargs="+", help="vocabularies (default: 32000 151936)")
     add("--full", action="store_true", help="the large grid, for what --n and --v leave open")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--rounds", type=int, default=5, help="through the buffers (default: %(default)s)")
-    add("--contenders", nargs="+", choices=everyone, metavar="NAME", help=", ".join(everyone))
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, help="of torch on a CPU (default: torch's own)")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "out", help="default: %(default)s")
-    add("--commit", help="what to record where git does not know")
+    add_options(parser, everyone, rounds=5)
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     grid = {"n": FULL_N[device.type]} | FULL if options.full else SHORT
     ns, vs = options.n or grid["n"], options.v or grid["v"]
     if min(ns) < 2:
         parser.error("--n: at least 2")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     entrants = [everyone[name] for name in options.contenders or everyone]
 
-    machine = environment(device, options.commit)
-    print(", ".join(f"{key} {value}" for key, value in machine.items() if value))
-    options.out.mkdir(parents=True, exist_ok=True)
+    machine = begin(options)
     rows: list[Row] = []
     for v in vs:
         for n in ns:
@@ -330,16 +300,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(found)
             rows += found
             # After each: a run that is cut short keeps what it has.
-            write_csv(options.out / "loss.csv", rows, machine)
+            write_csv(options.out / "loss.csv", COLUMNS, rows, machine)
     print(LEGEND)
     try:
         plot(options.out / "loss.png", rows, machine)
     except ImportError as error:
         print(f"no plot: {error}")
     print(f"written: {options.out}")
-    mine = {c.name for c in everyone.values() if c.ours}
-    bad = ("wrong", "failed")
-    return int(any(r["status"].startswith(bad) and r["contender"] in mine for r in rows))
+    return int(failed(rows, [c.name for c in everyone.values() if c.ours]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""Times, peak memory, the copy to compare with, and a record of where they were taken."""
+"""Times, peak memory, the copy to compare with, a record of where they were taken, and what the
+benchmarks share besides: options, tables, bars.
+"""
 
 from __future__ import annotations
 
+import argparse
+import csv
 import ctypes
 import datetime
 import gc
@@ -10,7 +14,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ FEWEST_BUFFERS = 3
 MOST_STEPS = 16
 # What the device is kept busy with while the host issues a step, in cycles: about 10 ms.
 HEAD_START = 20_000_000
+
+Row = dict[str, Any]
 
 
 class Stopwatch:
@@ -79,6 +85,17 @@ class Spread:
             return Spread(samples[0], 0.0)
         low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
         return Spread(statistics.median(samples), high - low)
+
+
+def timed(steps: list[list[float]]) -> Row:
+    """Columns of a row from the laps of some steps: forward, and backward where there is one."""
+    parts = {"both": [sum(laps) for laps in steps]}
+    parts |= dict(zip(("forward", "backward"), map(list, zip(*steps, strict=True)), strict=False))
+    row: Row = {"status": "timed", "samples": len(steps)}
+    for name, samples in parts.items():
+        spread = Spread.of(samples)
+        row |= {f"{name}_ms": spread.median, f"{name}_iqr_ms": spread.iqr}
+    return row
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -216,3 +233,58 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, st
         "liger_kernel": version_of("liger-kernel"),
         "trl": version_of("trl"),
     }
+
+
+def add_options(parser: argparse.ArgumentParser, names: Collection[str], rounds: int) -> None:
+    """The options of every benchmark, but for its shapes and dtypes."""
+    add = parser.add_argument
+    add("--rounds", type=int, default=rounds, help="of timing (default: %(default)s)")
+    add("--contenders", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="of torch on a CPU (default: torch's own)")
+    add("--out", type=Path, default=ROOT / "benchmarks" / "out", help="default: %(default)s")
+    add("--commit", help="what to record where git does not know")
+
+
+def begin(options: argparse.Namespace) -> dict[str, str]:
+    """The environment that results are recorded with; --threads and --out are as asked for."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine = environment(torch.device(options.device), options.commit)
+    print(", ".join(f"{key} {value}" for key, value in machine.items() if value))
+    return machine
+
+
+def failed(rows: list[Row], names: Sequence[str]) -> bool:
+    """Whether any of these contenders was wrong or broke."""
+    bad = ("wrong", "failed")
+    return any(row["status"].startswith(bad) and row["contender"] in names for row in rows)
+
+
+def write_csv(path: Path, columns: list[str], rows: list[Row], machine: dict[str, str]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *machine], restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            shown = {k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()}
+            writer.writerow(shown | machine)
+
+
+def spread_text(row: Row, name: str) -> str:
+    if f"{name}_ms" not in row:
+        return ""
+    return f"{row[f'{name}_ms']:.4g} ±{row[f'{name}_iqr_ms']:.2g}"
+
+
+def draw_times(panel: Any, rows: Sequence[Row], line: float, label: str) -> None:
+    """A bar for each row, from the top: milliseconds, against a time to compare with."""
+    names = [row["contender"] for row in reversed(rows)]
+    width = [row["both_ms"] for row in reversed(rows)]
+    spread = [row["both_iqr_ms"] / 2 for row in reversed(rows)]
+    bars = panel.barh(names, width, xerr=spread, color="C0", ecolor="0.3", height=0.7)
+    panel.bar_label(bars, labels=[f" {w:.3g}" for w in width], fontsize="small")
+    panel.axvline(line, color="C1", linestyle="--", label=f"{label}: {line:.3g}")
+    panel.set_xscale("log")
+    panel.set_xlim(min([line, *width]) / 1.5, max([line, *width]) * 2)
+    panel.legend(fontsize="small")

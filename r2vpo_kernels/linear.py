@@ -1,8 +1,8 @@
-"""The linear route: from hidden states and the LM head, with logits for one chunk of tokens.
+"""The linear route: from hidden states and the LM head, the logits of one chunk after another.
 
 They are a product into a buffer, which the kernels overwrite with their gradient; two more products
-take that to the hidden states and the head (Eq. 27, 28). As in ops.py, opaque ops
-do the work, autograd Functions stand around them, and `LinearLogits` is what loss.py calls.
+take that to the hidden states and the head (Eq. 27, 28). As in ops.py, opaque ops do the work,
+autograd Functions stand around them, and `LinearLogits` is what loss.py calls.
 """
 
 from __future__ import annotations
@@ -422,8 +422,8 @@ class LinearLogits:
 
 def _check_hidden(hidden: Tensor, labels: Tensor) -> None:
     check_float("hidden", hidden)
-    if hidden.dim() not in (2, 3):
-        raise invalid("hidden", hidden, "shape (B, T, H), or (N, H) packed")
+    if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
+        raise invalid("hidden", hidden, "shape (B, T, H), or (N, H) packed, with H of at least 1")
     if isinstance(hidden, DTensor):
         raise invalid("hidden", "a DTensor", "a plain tensor: its to_local() or full_tensor()")
     check_labels(labels, hidden.shape[:-1], "hidden less H")
@@ -433,8 +433,12 @@ def _head(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Tensor, Tens
     """A head that is given as a module brings its own bias, and must be no more than linear."""
     if not isinstance(weight, nn.Module):
         return weight, bias
-    forward = getattr(weight.forward, "__func__", None)
-    if not (isinstance(weight, nn.Linear) and forward is nn.Linear.forward):
+    # An adapter brings a class of its own, a patch a function of the instance.
+    if (
+        not isinstance(weight, nn.Linear)
+        or type(weight).forward is not nn.Linear.forward
+        or "forward" in weight.__dict__
+    ):
         name = f"{type(weight).__module__}.{type(weight).__qualname__}"
         raise TypeError(
             f"weight: got a {name}, which does not compute what torch.nn.Linear does, expected a "

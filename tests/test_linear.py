@@ -90,6 +90,15 @@ def test_rounding_is_no_worse_than_that_of_eager_torch(device):
     assert (errors["auto"] <= 1.15 * errors["eager"]).all(), errors
 
 
+def test_sums_over_chunks_are_float32(device):
+    """Many equal parts: a sum in bfloat16 stops growing at some hundreds of them."""
+    hidden, weight, labels, _, _ = draw(device, 1, 1, torch.bfloat16)
+    many = hidden.expand(1, 600, H), weight, labels.expand(1, 600), None, torch.ones(1).to(device)
+    _, _, whole = run(*many)
+    _, _, parts = run(*many, chunk_tokens=1)
+    torch.testing.assert_close(parts, whole, rtol=3 * 2.0**-8, atol=1e-6)
+
+
 def test_the_same_as_from_the_logits(kernels, device):
     """A head of which each product is exact gives the bits that whole logits give."""
     hidden, _, labels, old_logps, advantages = draw(device)
@@ -272,6 +281,8 @@ def test_gradients_come_in_the_dtypes_of_the_parameters(device):
     with torch.autocast(device.type, torch.bfloat16):
         mixed = run(hidden.bfloat16(), weight, labels, old_logps, advantages)
     assert mixed[1].dtype == torch.bfloat16 and mixed[2].dtype == torch.float32
+    halves = run(hidden.bfloat16(), weight.bfloat16(), labels, old_logps, advantages)
+    assert torch.equal(mixed[0].logps, halves[0].logps)
 
 
 # Laws.
@@ -497,6 +508,25 @@ def test_fullgraph_with_at_most_one_extra_compilation(device, backend, center):
     assert counts[0] == 1 and counts[-1] <= 2, counts
 
 
+def test_a_model_compiles_with_its_head(device):
+    """The head as a module, under autocast, with what its gradient needs found in forward."""
+    model = Model().to(device)
+    _, _, labels, old_logps, advantages = draw(device)
+
+    def loss(labels):
+        with torch.autocast(device.type, torch.bfloat16):
+            hidden = model.hidden(labels)
+            return linear_r2vpo_loss(hidden, model.head, labels, old_logps, advantages).loss
+
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        function(labels).backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 def test_memory_is_a_chunk_and_a_float32_sum(device):
     """By measurement, above the inputs and what is returned; whole logits would be 184 MB."""
     # Each tensor of the head's or a chunk's size is large enough for the allocator to give back.
@@ -535,6 +565,11 @@ class Adapter(nn.Module):
         return 2 * self.base_layer(x)
 
 
+class Lora(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def patched():
     head = nn.Linear(H, V)
     head.forward = lambda x: 2 * x
@@ -548,6 +583,7 @@ class Wrapping(torch.Tensor):
 
 BAD = {
     "hidden of integers": ({"hidden": torch.ones(4, 5, H).long()}, "hidden", "int64"),
+    "hidden of no width": ({"hidden": torch.ones(4, 5, 0)}, "hidden", "H of at least 1"),
     "hidden of one dimension": ({"hidden": torch.ones(H)}, "hidden", r"\(16,\).*\(B, T, H\)"),
     "labels of another shape": ({"labels": torch.zeros(4, 4).long()}, "labels", r"\(4, 5\)"),
     "a weight of another width": ({"weight": torch.ones(V, H + 1)}, "weight", r"17.*\(V, 16\)"),
@@ -567,6 +603,7 @@ BAD = {
     "a weight on another device": ({"weight": torch.ones(V, H, device="meta")}, "weight", "meta"),
     "not a tensor": ({"weight": [1.0]}, "weight", "list"),
     "an adapter": ({"weight": Adapter()}, "weight", "Adapter.*merge"),
+    "a layer that does more": ({"weight": Lora(H, V)}, "weight", "Lora.*merge"),
     "a patched head": ({"weight": patched()}, "weight", "Linear.*merge"),
     "two biases": ({"weight": nn.Linear(H, V), "bias": torch.ones(V)}, "bias", "None where"),
     "a bias of another length": ({"bias": torch.ones(V + 1)}, "bias", r"\(41,\).*\(40,\)"),

@@ -1,0 +1,96 @@
+"""Two processes over gloo: models under DDP and FSDP2 get the gradients of the whole batch."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from r2vpo_kernels import linear_r2vpo_loss
+
+RANKS, B, T, H, V = 2, 4, 3, 8, 41
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(V, H)
+        self.layer = nn.Linear(H, H)
+        self.head = nn.Linear(H, V)
+
+    def forward(self, tokens):
+        return torch.tanh(self.layer(self.embedding(tokens)))
+
+
+def loss_of(hidden, head, rows, share, **keywords):
+    """Of some of the batch's sequences; `share`: of the whole denominator."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, V, (B, T), generator=generator)
+    labels[0, 0] = labels[3, 1] = -100
+    old_logps = -3.7 + 0.2 * torch.randn(B, T, generator=generator)
+    advantages = torch.randn(B, generator=generator)
+    return linear_r2vpo_loss(
+        hidden(labels[rows].clamp(min=0)), head(), labels[rows], old_logps[rows],
+        advantages[rows], normalizer=(B * T - 2) * share, **keywords,
+    ).loss  # fmt: skip
+
+
+def with_ddp(model):
+    wrapped = DistributedDataParallel(model)
+    return wrapped, lambda: model.head
+
+
+def with_fsdp(model):
+    """The root's parameters, the head's among them, stay gathered until its backward."""
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    return model, lambda: model.head
+
+
+def with_fsdp_of_the_head(model):
+    """The head, in a group of its own whose forward never runs, is a DTensor."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(model.head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model.head.weight, DTensor)
+    return model, lambda: model.head
+
+
+WRAPPERS = {f.__name__: f for f in (with_ddp, with_fsdp, with_fsdp_of_the_head)}
+
+
+def work(rank, meeting_point):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=RANKS)
+    rows = torch.arange(B).chunk(RANKS)[rank]
+    for name, wrap in WRAPPERS.items():
+        for keywords in ({}, {"chunk_tokens": 2}, {"center": "group", "group_size": 2}):
+            alone = Model()
+            loss_of(
+                alone, lambda alone=alone: alone.head, torch.arange(B), 1, **keywords
+            ).backward()
+            model = Model()
+            hidden, head = wrap(model)
+            # Gradients are averaged over ranks.
+            loss_of(hidden, head, rows, 1 / RANKS, **keywords).backward()
+            for (what, ours), theirs in zip(
+                model.named_parameters(), alone.parameters(), strict=True
+            ):
+                gradient = ours.grad
+                if isinstance(gradient, DTensor):
+                    gradient = gradient.full_tensor()
+                torch.testing.assert_close(
+                    gradient, theirs.grad, rtol=1e-4, atol=1e-6,
+                    msg=lambda m, at=(name, keywords, what): f"{at}: {m}",
+                )  # fmt: skip
+    dist.destroy_process_group()
+
+
+def test_ranks_sum_to_the_batch(device, tmp_path):
+    if device.type != "cpu":
+        pytest.skip("processes over gloo, on a CPU")
+    mp.spawn(work, (f"file://{tmp_path}/meeting",), RANKS)
