@@ -2,10 +2,11 @@
 
     python benchmarks/gpu.py [--out results.json]
 
-The parts: recompilations and host synchronisations, parity and laws on the device, the benchmark
-grid, DRAM bytes per logit, memory and race checks. Each runs in a process of its own with a limit
-of its own, so that one that fails or hangs loses nothing else; what the time left does not hold is
-skipped, and says so. Writes one JSON; exits with 1 where a check failed.
+The parts: recompilations and host synchronisations, parity and laws on the device, the benchmarks
+from logits and from hidden states, DRAM bytes per logit, memory and race checks. Each runs in a
+process of its own with a limit of its own, so that one that fails or hangs loses nothing else; what
+the time left does not hold is skipped, and says so. Writes one JSON; exits with 1 where a check
+failed.
 
 Without a GPU it checks that all its parts import, and exits with 0.
 """
@@ -38,9 +39,14 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 TOTAL = 525.0
 TESTS = [f"test_{x}.py" for x in ("parity", "laws", "known_bugs", "ops", "linear")]
 TEST_PROCESSES = 8
-GRID = ["--n", "8192", "16384", "--v", "151936", "32000"]
-# A one-pass loss against a copy of the same bytes, and bytes per logit against Eq. 15.
+GRID = {
+    "loss": ["--n", "8192", "16384", "--v", "151936", "32000"],
+    "linear": ["--n", "16384", "--h", "4096", "--v", "151936"],
+}
+# A one-pass loss against a copy of the same bytes; the linear route, in several chunks, against
+# three products in one; bytes per logit against Eq. 15.
 SLOWEST = 1.15
+SLOWEST_LINEAR = 1.4
 MORE_BYTES = 0.1
 
 # A part's findings: "ok" is None where it could not be checked, and "note" says why.
@@ -124,33 +130,58 @@ def number(text: str) -> Any:
         return text
 
 
-def grid(limit: float, folder: Path) -> Findings:
-    """benchmarks/loss.py: nothing of ours wrong, and one-pass near the speed of a copy."""
-    for old in folder.glob("loss.*"):
+def grid(name: str, folder: Path, limit: float) -> tuple[Run, list[dict[str, Any]]]:
+    """One of the benchmarks at GRID's shapes, and the rows that it wrote."""
+    for old in folder.glob(f"{name}.*"):
         old.unlink()
-    command = [sys.executable, str(HERE / "loss.py"), *GRID, "--device", "cuda"]
+    command = [sys.executable, str(HERE / f"{name}.py"), *GRID[name], "--device", "cuda"]
     done = run([*command, "--out", str(folder)], limit)
-    path = folder / "loss.csv"
+    path = folder / f"{name}.csv"
     if not path.exists():
-        return {"ok": False, "note": "it wrote no results", "output": done.tail}
+        return done, []
     with path.open(newline="") as file:
-        rows = [{k: number(x) for k, x in row.items()} for row in csv.DictReader(file)]
+        return done, [{k: number(x) for k, x in row.items()} for row in csv.DictReader(file)]
+
+
+def graded(
+    done: Run, rows: list[dict[str, Any]], checks: dict[str, Findings], note: str
+) -> Findings:
+    """Nothing of ours wrong, and nothing over its limit."""
+    if not rows:
+        return {"ok": False, "note": "it wrote no results", "output": done.tail}
+    found: Findings = {
+        "ok": done.code in (0, None) and bool(checks) and all(c["ok"] for c in checks.values()),
+        "note": note + (", stopped at its limit" if done.code is None else ""),
+        "checks": checks,
+        "rows": rows,
+    }
+    return found if done.code in (0, None) else found | {"output": done.tail}
+
+
+def from_logits(limit: float, folder: Path) -> Findings:
+    """benchmarks/loss.py: one-pass near the speed of a copy."""
+    done, rows = grid("loss", folder, limit)
     copies = {(r["n"], r["v"]): r["both_ms"] for r in rows if r["contender"] == "copy"}
     checks = {}
     for row in rows:
         # A copy reads and writes each logit once, as the one-pass route does.
         if row["contender"] in ("triton one-pass", "triton in place"):
             name = f"{row['contender']} {row['n']:.0f} x {row['v']:.0f}, time over a copy's"
-            timed = row["status"] == "timed"
-            value = row["both_ms"] / copies[row["n"], row["v"]] if timed else None
-            checks[name] = at_most(value, SLOWEST) | ({} if timed else {"note": row["status"]})
-    found: Findings = {
-        "ok": done.code in (0, None) and bool(checks) and all(c["ok"] for c in checks.values()),
-        "note": f"{len(copies)} shapes" + (", stopped at its limit" if done.code is None else ""),
-        "checks": checks,
-        "rows": rows,
-    }
-    return found if done.code in (0, None) else found | {"output": done.tail}
+            value = row["both_ms"] / copies[row["n"], row["v"]] if row["both_ms"] else None
+            checks[name] = at_most(value, SLOWEST) | {"note": row["status"]}
+    return graded(done, rows, checks, f"{len(copies)} shapes")
+
+
+def from_hidden_states(limit: float, folder: Path) -> Findings:
+    """benchmarks/linear.py: near the time of the three products."""
+    done, rows = grid("linear", folder, limit)
+    checks = {
+        f"{row['contender']} {row['n']:.0f} x {row['v']:.0f} x {row['h']:.0f}, time over products'":
+        at_most(row["over_products"] or None, SLOWEST_LINEAR) | {"note": row["status"]}
+        for row in rows
+        if row["contender"] == "triton linear"
+    }  # fmt: skip
+    return graded(done, rows, checks, f"{len(checks)} shapes")
 
 
 def at_most(value: float | None, limit: float) -> Findings:
@@ -249,7 +280,7 @@ class Part:
 
 def check_imports() -> int:
     """Without a GPU: everything that would run, as far as it goes. 1 if something does not."""
-    for name in ("measure", "contenders", "parity", "loss", "gpu_work"):
+    for name in ("measure", "contenders", "parity", "loss", "linear", "gpu_work"):
         importlib.import_module(name)
         print(f"imports: benchmarks/{name}.py")
     if missing_for_tests():
@@ -300,7 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Part("syncs", lambda limit: work("syncs", limit), 60, 15),
         Part("recompilations", lambda limit: work("recompilations", limit), 90, 30),
         Part("tests", tests, 200, 60),
-        Part("grid", lambda limit: grid(limit, folder), 170, 60),
+        Part("grid", lambda limit: from_logits(limit, folder), 170, 60),
+        Part("linear", lambda limit: from_hidden_states(limit, folder), 120, 60),
         Part("traffic", traffic, 90, 30),
         Part("memcheck", lambda limit: sanitizer("memcheck", limit), 100, 40),
         Part("racecheck", lambda limit: sanitizer("racecheck", limit), 100, 40),

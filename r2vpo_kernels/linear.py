@@ -8,7 +8,7 @@ autograd Functions stand around them, and `LinearLogits` is what loss.py calls.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,10 @@ class _Products:
         # One chunk saves the float32 accumulator, unless the gradient is one itself.
         saved = 4 * head.numel() if wanted[1] and head.dtype != torch.float32 else 0
         tokens = hidden.shape[0]
-        order, (active, scored) = _in_order(scored, active) if compact else (None, (tokens, tokens))
-        whole = active if active * token <= budget + saved else 0
+        order, (first, both) = _in_order(scored, active) if compact else (None, (tokens, tokens))
+        whole = first if first * token <= budget + saved else 0
         most = chunk_tokens or max(1, budget // token, whole)
-        places = _balanced(0, active, most), _balanced(active, scored, most)
+        places = _balanced(0, first, most), _balanced(first, both, most)
         self.active, self.passive = (
             [place if order is None else order[place] for place in chunks] for chunks in places
         )
@@ -115,9 +115,10 @@ class _Products:
                 return x.new_zeros(shape)
             return ops.advise_huge_pages(x.new_empty(shape, dtype=dtype))
 
-        self.dhidden = torch.zeros_like(hidden) if wanted[0] else None
+        self.dhidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
         self.dhead = empty(head, *head.shape) if wanted[1] else None
         self.dbias = empty(bias, head.shape[0], 1) if wanted[2] else None
+        self.begun = False
 
     def logits(self, rows):
         """Eq. 27: (1, n, V), for the kernels to read or to overwrite, until the next chunk."""
@@ -141,15 +142,15 @@ class _Products:
         dz, scale = self.buffers[0, : self.chunk.shape[0]], self.scale
         if self.softcap is not None:
             dz *= self.buffers[1, : self.chunk.shape[0]]
-        further = rows is not self.active[0]
         if self.dhidden is not None:
             out = self.dhidden.new_empty(self.chunk.shape)
             self.dhidden[rows] = _product(dz, self.weight, scale, out)
         if self.dhead is not None:
-            _product(dz.t(), self.chunk, scale, self.dhead, further)
+            _product(dz.t(), self.chunk, scale, self.dhead, self.begun)
         if self.dbias is not None:
             ones = self.chunk.new_ones(self.chunk.shape[0], 1)
-            _product(dz.t(), ones, scale, self.dbias, further)
+            _product(dz.t(), ones, scale, self.dbias, self.begun)
+        self.begun = True
 
     def gradients(self):
         """Of hidden states, head and bias, in their dtypes; empty where not wanted."""
@@ -157,7 +158,7 @@ class _Products:
         self.buffers = None
         dbias = None if self.dbias is None else self.dbias.squeeze(1)
         return tuple(
-            self.weight.new_empty(0) if total is None else total.to(dtype)
+            self.hidden.new_empty(0) if total is None else total.to(dtype)
             for total, dtype in zip((self.dhidden, self.dhead, dbias), self.dtypes, strict=True)
         )
 
@@ -167,8 +168,13 @@ class _Products:
 
 _HEAD = """Tensor hidden, Tensor head, Tensor? bias, float? softcap, float scale,
     ScalarType dtype, int chunk_tokens, bool compact, bool[] wanted"""
-_IN_HEAD = _HEAD.count(",") + 1
 _GRADIENTS = "Tensor, Tensor, Tensor"
+
+
+def _parts(arguments):
+    """(those of _HEAD, the others)"""
+    count = _HEAD.count(",") + 1
+    return arguments[:count], arguments[count:]
 
 
 def _op(name, schema):
@@ -185,7 +191,7 @@ def _zeros(hidden, count, with_entropy):
 
 
 def _empty_gradients(hidden, head, bias, *rest):
-    wanted = rest[_IN_HEAD - 4]
+    *_, wanted = rest
     return tuple(
         x.new_empty(x.shape) if wants else hidden.new_empty(0)
         for x, wants in zip((hidden, head, bias), wanted, strict=True)
@@ -202,12 +208,12 @@ def _place(outputs, rows, parts):
 @_op("linear_logps_forward", f"({_HEAD}, {ops.FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)")
 def linear_logps_forward(*arguments):
     """(logps, top, log2 total, entropy), as `logps_forward`."""
-    labels, temperature, with_entropy, backend = arguments[_IN_HEAD:]
-    products = _Products(*arguments[:_IN_HEAD], labels >= 0, labels >= 0)
+    head, (labels, temperature, with_entropy, backend) = _parts(arguments)
+    products = _Products(*head, labels >= 0, labels >= 0)
     outputs = _zeros(products.hidden, 3, with_entropy)
     for rows in products.active:
-        z = products.logits(rows)
-        parts = ops.logps_forward(z, labels[rows], temperature[rows], with_entropy, backend)
+        of_chunk = labels[rows], temperature[rows]
+        parts = ops.logps_forward(products.logits(rows), *of_chunk, with_entropy, backend)
         _place(outputs, rows, parts)
     return outputs
 
@@ -220,23 +226,23 @@ def _(hidden, *rest):
 @_op("linear_logps_backward", f"({_HEAD}, {ops.BACKWARD}) -> ({_GRADIENTS})")
 def linear_logps_backward(*arguments):
     """The logits once more, and their gradient, of tokens that get one from above."""
-    *per_token, with_entropy, backend = arguments[_IN_HEAD:]
+    head, (*per_token, with_entropy, backend) = _parts(arguments)
     labels, (grad_logps, grad_entropy) = per_token[0], per_token[-2:]
     active = grad_logps != 0
     if with_entropy:
         active = active | (grad_entropy != 0)
-    products = _Products(*arguments[:_IN_HEAD], labels >= 0, active)
+    products = _Products(*head, labels >= 0, active)
     for rows in products.active:
-        z = products.logits(rows)
         of_chunk = [x[rows] if x.numel() else x for x in per_token]
-        ops.logps_backward_(z, *of_chunk, with_entropy, backend)
+        ops.logps_backward_(products.logits(rows), *of_chunk, with_entropy, backend)
         products.add_gradients(rows)
     return products.gradients()
 
 
 @linear_logps_backward.register_fake
 def _(*arguments):
-    return _empty_gradients(*arguments)
+    head, _ = _parts(arguments)
+    return _empty_gradients(*head)
 
 
 _ONE_PASS = ops.ONE_PASS.replace("Tensor weight", "Tensor token_weight")
@@ -248,26 +254,33 @@ _ONE_PASS = ops.ONE_PASS.replace("Tensor weight", "Tensor token_weight")
 )
 def linear_one_pass(*arguments):
     """(logps, entropy, and the gradients for an upstream gradient of 1)."""
-    known_zero, *per_token = arguments[_IN_HEAD:-6]
-    rest = arguments[-6:]
-    (labels, temperature), (with_entropy, backend) = per_token[:2], rest[-2:]
-    products = _Products(*arguments[:_IN_HEAD], labels >= 0, ~known_zero)
+    head, (known_zero, labels, temperature, *rest) = _parts(arguments)
+    *per_token, kl_coef, entropy_coef, log_ratio_clamp, kl_estimator, with_entropy, backend = rest
+    numbers = kl_coef, entropy_coef, log_ratio_clamp, kl_estimator
+    products = _Products(*head, labels >= 0, ~known_zero)
     outputs = _zeros(products.hidden, 1, with_entropy)
     for rows in products.active:
-        z = products.logits(rows)
-        of_chunk = [x if x is None else x[rows] for x in per_token]
-        _place(outputs, rows, ops.one_pass_op_(z, *of_chunk, *rest))
+        of_chunk = (
+            labels[rows],
+            temperature[rows],
+            *(x if x is None else x[rows] for x in per_token),
+        )
+        parts = ops.one_pass_op_(products.logits(rows), *of_chunk, *numbers, with_entropy, backend)
+        _place(outputs, rows, parts)
         products.add_gradients(rows)
     for rows in products.passive:
-        z = products.logits(rows)
-        parts = ops.logps_forward(z, labels[rows], temperature[rows], with_entropy, backend)
-        _place(outputs, rows, (parts[0], parts[3]))
+        of_chunk = labels[rows], temperature[rows]
+        logps, _, _, entropy = ops.logps_forward(
+            products.logits(rows), *of_chunk, with_entropy, backend
+        )
+        _place(outputs, rows, (logps, entropy))
     return *outputs, *products.gradients()
 
 
 @linear_one_pass.register_fake
 def _(*arguments):
-    return *_zeros(arguments[0], 1, arguments[-2]), *_empty_gradients(*arguments)
+    head, _ = _parts(arguments)
+    return *_zeros(arguments[0], 1, arguments[-2]), *_empty_gradients(*head)
 
 
 # The autograd Functions.
@@ -308,8 +321,7 @@ class _LinearOnePass(torch.autograd.Function):
     def forward(ctx, hidden, head, bias, *arguments):
         logps, entropy, *gradients = linear_one_pass(hidden, head, bias, *arguments)
         ctx.save_for_backward(*gradients)
-        ctx.wanted, ctx.backend = arguments[_IN_HEAD - 4], arguments[-1]
-        ctx.others = len(arguments)
+        ctx.backend, ctx.others = arguments[-1], len(arguments)
         ctx.mark_non_differentiable(logps, entropy)
         ctx.set_materialize_grads(False)
         return logps.new_zeros(()), logps, entropy
@@ -318,7 +330,7 @@ class _LinearOnePass(torch.autograd.Function):
     def backward(ctx, upstream, *_):
         ops.refuse_double_backward()
         gradients = []
-        for gradient, wants in zip(ctx.saved_tensors, ctx.wanted, strict=True):
+        for gradient, wants in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
             if wants:
                 rows = gradient.view(1, -1, gradient.shape[-1])
                 gradients.append(ops.hand_over(rows, upstream, ctx.backend).view_as(gradient))
@@ -354,27 +366,36 @@ class LinearLogits:
         compact: bool,
         backend: str,
     ) -> LinearLogits:
-        _check_hidden(hidden, labels)
+        _check_dense("hidden", hidden)
+        if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
+            raise invalid("hidden", hidden, "shape (B, T, H), or (N, H) packed, with H at least 1")
+        width = hidden.shape[-1]
+        check_labels(labels, hidden.shape[:-1], "hidden less H")
         weight, bias = _head(weight, bias)
-        vocabulary, width = _check_dense("weight", weight, 2)
-        if width != hidden.shape[-1] or vocabulary == 0:
-            raise invalid("weight", weight, f"shape (V, {hidden.shape[-1]}), H that of hidden")
-        if bias is not None and _check_dense("bias", bias, 1) != (vocabulary,):
-            raise invalid("bias", bias, f"shape ({vocabulary},), one per row of weight")
+        weight = _gathered(weight, hidden.dtype)
+        _check_dense("weight", weight)
+        if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+            raise invalid("weight", weight, f"shape (V, {width}), H that of hidden")
+        if bias is not None:
+            bias = _gathered(bias, hidden.dtype)
+            _check_dense("bias", bias)
+            if bias.shape != weight.shape[:1]:
+                raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
         dtype = _common_dtype(hidden, weight, bias)
         if softcap is not None:
             check_number("softcap", softcap)
             if not softcap > 0:
                 raise invalid("softcap", softcap, "a number above 0, or None")
         check_number("logit_scale", logit_scale)
-        if chunk_tokens is not None and not (isinstance(chunk_tokens, int) and chunk_tokens >= 1):
+        whole = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool)
+        if chunk_tokens is not None and not (whole and chunk_tokens >= 1):
             raise invalid("chunk_tokens", chunk_tokens, "a whole number of at least 1, or None")
         if not isinstance(compact, bool):
             raise TypeError(f"compact: got {type(compact).__name__}, expected True or False")
         return LinearLogits(
             hidden.reshape(-1, width),
-            _gathered(weight),
-            None if bias is None else _gathered(bias),
+            weight,
+            bias,
             None if softcap is None else float(softcap),
             float(logit_scale),
             dtype,
@@ -420,46 +441,46 @@ class LinearLogits:
         return carrier, logps, entropy if with_entropy else None
 
 
-def _check_hidden(hidden: Tensor, labels: Tensor) -> None:
-    check_float("hidden", hidden)
-    if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
-        raise invalid("hidden", hidden, "shape (B, T, H), or (N, H) packed, with H of at least 1")
-    if isinstance(hidden, DTensor):
-        raise invalid("hidden", "a DTensor", "a plain tensor: its to_local() or full_tensor()")
-    check_labels(labels, hidden.shape[:-1], "hidden less H")
-
-
 def _head(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """A head that is given as a module brings its own bias, and must be no more than linear."""
     if not isinstance(weight, nn.Module):
         return weight, bias
-    # An adapter brings a class of its own, a patch a function of the instance.
+    # An adapter has a class of its own, a patch is an attribute, and so is a weight that a hook
+    # makes (weight_norm, prune).
     if (
         not isinstance(weight, nn.Linear)
         or type(weight).forward is not nn.Linear.forward
-        or "forward" in weight.__dict__
+        or any(name in weight.__dict__ for name in ("forward", "weight", "bias"))
     ):
-        name = f"{type(weight).__module__}.{type(weight).__qualname__}"
         raise TypeError(
-            f"weight: got a {name}, which does not compute what torch.nn.Linear does, expected a "
-            "tensor (V, H) or a torch.nn.Linear: merge an adapter into its layer first, or give "
-            "r2vpo_loss the logits"
+            f"weight: got a {type(weight).__module__}.{type(weight).__qualname__} that may compute "
+            "more than torch.nn.Linear, expected a tensor (V, H) or a plain torch.nn.Linear: merge "
+            "and unload an adapter first, or give r2vpo_loss the logits"
         )
     if bias is not None:
         raise invalid("bias", bias, "None where weight is a module, which brings its own")
     return weight.weight, weight.bias
 
 
-def _check_dense(name: str, value: Tensor, dims: int) -> torch.Size:
+def _gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sharded parameter (FSDP2) as a whole, in the dtype that FSDP2's mixed precision would have.
+
+    Its gradient is reduced to the ranks' mean. That is what FSDP2 makes of every other gradient,
+    and what ranks that computed the same (tensor parallelism) must make of theirs.
+    """
+    if not isinstance(x, DTensor):
+        return x
+    cast_first = cast(DTensor, x.to(dtype))
+    return cast_first.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+
+
+def _check_dense(name: str, value: Tensor) -> None:
     check_float(name, value)
-    # Of the subclasses that hold other tensors, quantised ones among them, one is known here.
-    wraps = hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor)
+    # A tensor that holds others: quantised, or distributed.
+    wraps = hasattr(value, "__tensor_flatten__")
     if wraps or value.layout != torch.strided or value.is_quantized:
         kind = type(value).__name__ if wraps else f"{value.layout} {value.dtype} tensor"
-        raise TypeError(f"{name}: got a {kind}, expected a dense tensor of floats")
-    if value.dim() != dims:
-        raise invalid(name, value, "shape (V, H)" if dims == 2 else "shape (V,)")
-    return value.shape
+        raise TypeError(f"{name}: got a {kind}, expected a plain, dense tensor of floats")
 
 
 def _common_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -468,19 +489,10 @@ def _common_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.
     for name, value in named.items():
         check_device(name, value, hidden.device)
     kind = hidden.device.type
-    casts = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
+    # Of a device that knows no autocast, torch raises when it is asked.
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    casts = casts and hidden.dtype != torch.float64
     for name, value in named.items():
         if value.dtype != hidden.dtype and not (casts and value.dtype in ops.KERNEL_DTYPES):
             raise invalid(name, value, f"{hidden.dtype}, the dtype of hidden, or autocast")
     return torch.get_autocast_dtype(kind) if casts else hidden.dtype
-
-
-def _gathered(x: Tensor) -> Tensor:
-    """A sharded parameter (FSDP2) as a whole; its gradient is reduced to the ranks' mean.
-
-    The mean is what FSDP2 makes of every other gradient, and what ranks that computed the same
-    (tensor parallelism) must make of theirs.
-    """
-    if not isinstance(x, DTensor):
-        return x
-    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)

@@ -220,9 +220,9 @@ def linear_r2vpo_loss(
         hidden: (B, T, H), or (N, H) packed; float32, bfloat16, float16 (float64: eager), a view or
             not. What it holds at masked tokens is harmless. `hidden[:, t]` scores `labels[:, t]`.
         weight: (V, H), in the dtype of hidden, unless under autocast, whose dtype the products then
-            have. Or the head itself, a torch.nn.Linear, whose weight and bias are taken; anything
-            that computes more, as an adapter does, is refused. A DTensor (FSDP2) is gathered once,
-            its gradient is the mean over ranks.
+            have. Or the head itself, a torch.nn.Linear, whose weight and bias are taken and whose
+            hooks do not run; an adapter, or another class, is refused. A DTensor (FSDP2) is cast to
+            hidden's dtype and gathered once; its gradient is the mean over ranks.
         bias: (V,), or None.
         softcap: C > 0 in C·tanh(logits / C), or None. Its slope takes a second buffer.
         logit_scale: what hidden · weightᵀ + bias is multiplied by, before the softcap.
@@ -231,12 +231,13 @@ def linear_r2vpo_loss(
             else as many as the budget holds, in chunks of equal size.
         compact: leave masked tokens out of every product, and tokens whose gradient is known to be
             0 (advantage 0, no KL, no entropy bonus, and on-policy or λ = 0) out of those for the
-            gradient. On a GPU finding them waits for it once; False for no wait, and no saving.
+            gradient. On a GPU finding them waits for it once, and once more in a backward that
+            recomputes; False for no wait, no saving, and a copy of hidden.
         keywords: those of `r2vpo_loss`, except inplace. Backend "eager" holds all logits.
 
     Returns: R2VPOOutput. Its loss is differentiable in hidden, weight and bias, once; only what
-        requires grad is computed, in its own dtype. Sums over tokens and over the vocabulary are
-        float32.
+        requires grad is computed, in its own dtype. Sums are float32, within a product on a GPU as
+        far as torch.backends.cuda.matmul is set to have them so.
 
     Raises: as `r2vpo_loss`.
 

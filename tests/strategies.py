@@ -174,6 +174,7 @@ class LinearCase:
     case: Case
     width: int
     bias: bool
+    column_major: tuple[str, ...]
     head: dict[str, Any]
 
     def tensors(
@@ -202,6 +203,8 @@ class LinearCase:
         if case.packed:
             inputs["hidden"] = inputs["hidden"].reshape(-1, H)
         inputs = {name: x.to(device) for name, x in inputs.items()}
+        for name in self.column_major:
+            inputs[name] = inputs[name].mT.contiguous().mT
         return inputs, labels, self.head, keywords
 
 
@@ -214,4 +217,5 @@ def linear_cases(draw, **fixed: Any) -> LinearCase:
         "compact": draw(st.booleans()),
     }
     width = draw(st.sampled_from([1, 5, 16, 24]))
-    return LinearCase(draw(cases(**fixed)), width, draw(st.booleans()), head)
+    column_major = draw(st.sampled_from([(), (), ("hidden",), ("weight",)]))
+    return LinearCase(draw(cases(**fixed)), width, draw(st.booleans()), column_major, head)

@@ -211,7 +211,7 @@ class Linear:
             size = size + self.bias.abs()
         width = self.hidden.shape[1]
         v = torch.finfo(self.dtype).eps / 2
-        return z, v * z.abs() + (width + 3) * U * abs(self.logit_scale) * size
+        return z, v * z.abs() + (1 + v) * (width + 3) * U * abs(self.logit_scale) * size
 
     def logits_error(self) -> Tensor:
         _, error = self._uncapped_error()
