@@ -409,6 +409,10 @@ class LinearLogits:
         return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
 
     @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    @property
     def takes_one_pass(self) -> bool:
         return ops.takes_one_pass(self.dtype, self.backend, self.hidden, self.weight, self.bias)
 

@@ -114,7 +114,7 @@ def r2vpo_loss(
     batch, objective = _build(
         labels.shape,
         logits,
-        {"labels": labels, "vocabulary": logits.shape[-1], "ignore_index": ignore_index},
+        _labelling(source, labels, ignore_index),
         old_logps=old_logps,
         advantages=advantages,
         variance_coef=variance_coef,
@@ -258,11 +258,7 @@ def linear_r2vpo_loss(
     batch, objective = _build(
         labels.shape,
         hidden,
-        {
-            "labels": labels,
-            "vocabulary": source.weight.shape[0],
-            "ignore_index": keywords.pop("ignore_index"),
-        },
+        _labelling(source, labels, keywords.pop("ignore_index")),
         old_logps=old_logps,
         advantages=advantages,
         **keywords,
@@ -351,23 +347,20 @@ def token_logps(
     """
     logits = _check_logits(logits, labels)
     source = ops.Logits(logits, False, ops.choose_backend(backend, logits))
-    batch = Batch.build(
-        labels.shape,
-        logits,
-        labels=labels,
-        vocabulary=logits.shape[-1],
-        ignore_index=ignore_index,
-        mask=mask,
-    )
-    return _log_probs(source, batch, temperature, return_entropy)
+    return _log_probs(source, logits, labels, temperature, mask, ignore_index, return_entropy)
 
 
 def _log_probs(
     source: ops.Logits | LinearLogits,
-    batch: Batch,
+    like: Tensor,
+    labels: Tensor,
     temperature: float | Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
     return_entropy: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    labelling = _labelling(source, labels, ignore_index)
+    batch = Batch.build(labels.shape, like, mask=mask, **labelling)
     temperature = token_temperature(batch, temperature)
     logps, entropy = source.token_logps(batch.labels, temperature, return_entropy)
     if entropy is None:
@@ -421,15 +414,13 @@ def linear_token_logps(
         compact=compact,
         backend=backend,
     )
-    batch = Batch.build(
-        labels.shape,
-        hidden,
-        labels=labels,
-        vocabulary=source.weight.shape[0],
-        ignore_index=ignore_index,
-        mask=mask,
-    )
-    return _log_probs(source, batch, temperature, return_entropy)
+    return _log_probs(source, hidden, labels, temperature, mask, ignore_index, return_entropy)
+
+
+def _labelling(
+    source: ops.Logits | LinearLogits, labels: Tensor, ignore_index: int
+) -> dict[str, Any]:
+    return {"labels": labels, "vocabulary": source.vocabulary, "ignore_index": ignore_index}
 
 
 _GEOMETRY = (

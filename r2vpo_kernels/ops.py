@@ -386,6 +386,10 @@ class Logits:
     backend: str
 
     @property
+    def vocabulary(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
     def takes_one_pass(self) -> bool:
         return takes_one_pass(self.logits.dtype, self.backend, self.logits)
 

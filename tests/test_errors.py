@@ -198,7 +198,8 @@ def test_a_bad_label_never_reaches_memory(backend):
 
     logits = torch.randn(1, 2, V)
     labels = torch.tensor([V, 3])
-    logps, _ = ops.token_logps(logits, labels, torch.ones(2), False, False, backend)
+    source = ops.Logits(logits, False, backend)
+    logps, _ = source.token_logps(labels, torch.ones(2), False)
     assert logps[0].isnan() and logps[1].isfinite()
 
 
