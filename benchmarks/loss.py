@@ -28,18 +28,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from contenders import Contender, Function, Sizes, Task, contenders  # noqa: E402
 from measure import (  # noqa: E402
     MOST_STEPS,
+    TIMES,
     Row,
     Spread,
     Stopwatch,
     add_options,
     begin,
     copy_times,
-    draw_times,
+    draw_bars,
     failed,
     how_many_buffers,
     peak_memory,
-    spread_text,
     timed,
+    times_text,
     write_csv,
 )
 from parity import Exact, check, find_exact, make_task  # noqa: E402
@@ -225,8 +226,8 @@ def show(rows: list[Row]) -> None:
     first = rows[0]
     print(f"\n{first['n']} tokens, vocabulary {first['v']}, {first['dtype']}")
     print(
-        f"{'':22}{'forward ms':>16}{'backward ms':>16}{'both ms':>18}{'peak MB':>9}"
-        f"{'B/logit':>8}{'GB/s':>8}{'copy':>6}  {'budget':>6} {'eager':>5}"
+        f"{'':22}{TIMES}{'peak MB':>9}{'B/logit':>8}{'GB/s':>8}{'copy':>6}  {'budget':>6} "
+        f"{'eager':>5}"
     )
 
     for row in rows:
@@ -240,9 +241,9 @@ def show(rows: list[Row]) -> None:
         if "budget_used" in row:
             parity = f"{row['budget_used']:6.2f} {row['rms_over_eager']:5.2f}"
         print(
-            f"{row['contender']:22}{spread_text(row, 'forward'):>16}"
-            f"{spread_text(row, 'backward'):>16}{spread_text(row, 'both'):>18}"
-            f"{'' if peak is None else f'{peak / 1e6:.0f}':>9}{traffic:8.3g}{row['gb_per_s']:8.3g}{row['share_of_copy']:6.2f}  {parity}"
+            f"{row['contender']:22}{times_text(row)}"
+            f"{'' if peak is None else f'{peak / 1e6:.0f}':>9}{traffic:8.3g}"
+            f"{row['gb_per_s']:8.3g}{row['share_of_copy']:6.2f}  {parity}"
         )
 
 
@@ -265,7 +266,8 @@ def plot(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
     panels = figure.subplots(len(cells), squeeze=False)[:, 0]
     for (n, v), panel in zip(cells, panels, strict=True):
         copy, *rest = (r for r in shown if (r["n"], r["v"]) == (n, v))
-        draw_times(panel, rest, copy["both_ms"], "one copy of the logits")
+        times = {r["contender"]: (r["both_ms"], r["both_iqr_ms"]) for r in rest}
+        draw_bars(panel, times, copy["both_ms"], "one copy of the logits")
         panel.set_title(f"{n} tokens, vocabulary {v}, {copy['dtype']}")
     panels[-1].set_xlabel(
         f"ms, forward and backward (log-probs: forward alone)\n"

@@ -271,20 +271,32 @@ def write_csv(path: Path, columns: list[str], rows: list[Row], machine: dict[str
             writer.writerow(shown | machine)
 
 
-def spread_text(row: Row, name: str) -> str:
-    if f"{name}_ms" not in row:
-        return ""
-    return f"{row[f'{name}_ms']:.4g} ±{row[f'{name}_iqr_ms']:.2g}"
+TIMES = f"{'forward ms':>16}{'backward ms':>16}{'both ms':>18}"
 
 
-def draw_times(panel: Any, rows: Sequence[Row], line: float, label: str) -> None:
-    """A bar for each row, from the top: milliseconds, against a time to compare with."""
-    names = [row["contender"] for row in reversed(rows)]
-    width = [row["both_ms"] for row in reversed(rows)]
-    spread = [row["both_iqr_ms"] / 2 for row in reversed(rows)]
+def times_text(row: Row) -> str:
+    """What stands below TIMES."""
+
+    def spread(name: str) -> str:
+        if f"{name}_ms" not in row:
+            return ""
+        return f"{_digits(row[f'{name}_ms'], 4)} ±{_digits(row[f'{name}_iqr_ms'], 2)}"
+
+    return f"{spread('forward'):>16}{spread('backward'):>16}{spread('both'):>18}"
+
+
+def _digits(value: float, number: int) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.{number}g}"
+
+
+def draw_bars(panel: Any, values: dict[str, tuple[float, float]], line: float, label: str) -> None:
+    """A bar for each {name: (value, its interquartile range)}, from the top; a line to compare."""
+    names = list(reversed(values))
+    width = [values[name][0] for name in names]
+    spread = [values[name][1] / 2 for name in names]
     bars = panel.barh(names, width, xerr=spread, color="C0", ecolor="0.3", height=0.7)
-    panel.bar_label(bars, labels=[f" {w:.3g}" for w in width], fontsize="small")
-    panel.axvline(line, color="C1", linestyle="--", label=f"{label}: {line:.3g}")
+    panel.bar_label(bars, labels=[f" {_digits(w, 3)}" for w in width], fontsize="small")
+    panel.axvline(line, color="C1", linestyle="--", label=f"{label}: {_digits(line, 3)}")
     panel.set_xscale("log")
     panel.set_xlim(min([line, *width]) / 1.5, max([line, *width]) * 2)
     panel.legend(fontsize="small")

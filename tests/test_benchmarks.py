@@ -15,21 +15,30 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import contenders  # noqa: E402
+import linear  # noqa: E402
 import loss  # noqa: E402
 import measure  # noqa: E402
 
 OURS = ["cpp one-pass", "cpp in place", "cpp general", "cpp log-probs"]
 
 
-def rows_of(folder):
-    with (folder / "loss.csv").open(newline="") as file:
-        return {row["contender"]: row for row in csv.DictReader(file)}
+LINEAR = ["cpp linear", "cpp linear, group", "cpp linear log-probs"]
 
 
-def run(folder, *names):
-    arguments = ["--n", "8", "--v", "515", "--rounds", "1", "--device", "cpu"]
-    code = loss.main([*arguments, "--contenders", *names, "--out", str(folder)])
-    return code, rows_of(folder)
+def rows_of(file):
+    with file.open(newline="") as lines:
+        return {row["contender"]: row for row in csv.DictReader(lines)}
+
+
+def run(folder, *names, benchmark=loss, arguments=()):
+    arguments = ["--n", "8", "--v", "515", "--rounds", "1", "--device", "cpu", *arguments]
+    code = benchmark.main([*arguments, "--contenders", *names, "--out", str(folder)])
+    return code, rows_of(folder / f"{benchmark.__name__}.csv")
+
+
+def run_linear(folder, dtype, *names):
+    arguments = ["--h", "16", "--dtype", dtype]
+    return run(folder, *names, benchmark=linear, arguments=arguments)
 
 
 def test_every_contender_of_a_cpu_is_right_and_recorded(tmp_path):
@@ -67,6 +76,37 @@ def test_a_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, fault):
     wrong = [dataclasses.replace(right, make=make)]
     monkeypatch.setattr(loss, "contenders", lambda: wrong)
     code, rows = run(tmp_path, right.name)
+    assert code == 1
+    assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_linear_contenders_are_right_and_recorded(tmp_path, dtype):
+    code, rows = run_linear(tmp_path, dtype, *LINEAR, "eager", "CCE", "triton linear")
+    assert code == 0
+    assert rows.keys() == {"three products", *LINEAR, "eager", "CCE", "triton linear"}
+    for name, row in rows.items():
+        on_gpu = name in ("CCE", "triton linear")
+        assert row["status"].startswith("no: " if on_gpu else "timed"), row
+    # The yardstick, found chunk by chunk, is what eager torch does.
+    assert float(rows["eager"]["rms_over_eager"]) == pytest.approx(1, abs=0.01)
+    assert float(rows["cpp linear"]["limit_used"]) <= 1
+    assert rows["eager"]["over_products"] and rows["eager"]["over_ours"]
+    assert rows["eager"]["torch"] and rows["eager"]["commit"]
+    assert (tmp_path / "linear.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_linear_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, fault):
+    right = linear.ours("cpp")[0]
+
+    def make():
+        function = right.make()
+        return lambda hidden, weight, task: WRONG[fault](function(hidden, weight, task))
+
+    wrong = [dataclasses.replace(right, make=make)]
+    monkeypatch.setattr(linear, "contenders", lambda: wrong)
+    code, rows = run_linear(tmp_path, "float32", right.name)
     assert code == 1
     assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
 
