@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: test demo bench gpu sanitize lint clean
+.PHONY: test demo bench bench-linear gpu sanitize lint clean
 
 test: $(VENV)/ready
 	$(RUN) -m pytest
@@ -13,6 +13,10 @@ demo: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/loss.py
+
+# Beside the peers that are installed (benchmarks/requirements.txt).
+bench-linear: $(VENV)/ready
+	$(RUN) benchmarks/linear.py
 
 # With the torch that is there, if any: that of a machine with a GPU fits it, and needs no network.
 gpu:

@@ -286,7 +286,7 @@ def times_text(row: Row) -> str:
 
 
 def _digits(value: float, number: int) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.{number}g}"
+    return f"{value:.0f}" if value >= 10**number else f"{value:.{number}g}"
 
 
 def draw_bars(panel: Any, values: dict[str, tuple[float, float]], line: float, label: str) -> None:

@@ -211,10 +211,10 @@ def linear_r2vpo_loss(
         loss = r2vpo_loss(logits, labels, old_logps, advantages, **keywords).loss
 
     Where each token's gradient depends on that token alone (`center` "one" or given, token level, a
-    summed loss, not float16) it costs three matrix products, all in forward; otherwise four, two of
-    them in backward; without grad one. Memory, beside inputs and gradients: the logits of a chunk,
-    a float32 sum of the weight's gradient where there are several chunks, and under autocast the
-    weight in its dtype.
+    summed loss, not float16) it costs three matrix products, all in forward; otherwise four, three
+    of them in backward; without grad one. Memory, beside inputs and gradients: the logits of a
+    chunk, a float32 sum of the weight's gradient where there are several chunks, and under autocast
+    the weight in its dtype.
 
     Args:
         hidden: (B, T, H), or (N, H) packed; float32, bfloat16, float16 (float64: eager), a view or
