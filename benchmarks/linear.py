@@ -42,13 +42,12 @@ from measure import (  # noqa: E402
     add_options,
     begin,
     draw_bars,
-    failed,
     free_memory,
     peak_memory,
+    report,
     timed,
     times_text,
     version_of,
-    write_csv,
 )
 from parity import MULTIPLE, SAMPLED_ROWS, Parity, make_task  # noqa: E402
 from tolerance import U, output_rounding  # noqa: E402
@@ -672,20 +671,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     entrants = [everyone[name] for name in options.contenders or everyone]
 
     machine = begin(options) | {"cut_cross_entropy": version_of("cut-cross-entropy")}
-    rows: list[Row] = []
-    for shape in itertools.product(ns, vs, hs):
-        found = cell(shape, getattr(torch, options.dtype), device, entrants, options.rounds)
-        show(found)
-        rows += found
-        # After each: a run that is cut short keeps what it has.
-        write_csv(options.out / "linear.csv", COLUMNS, rows, machine)
-    print(LEGEND)
-    try:
-        plot(options.out / "linear.png", rows, machine)
-    except ImportError as error:
-        print(f"no plot: {error}")
-    print(f"written: {options.out}")
-    return int(failed(rows, [c.name for c in everyone.values() if c.ours]))
+    cells = (
+        cell(shape, getattr(torch, options.dtype), device, entrants, options.rounds)
+        for shape in itertools.product(ns, vs, hs)
+    )
+    mine = [c.name for c in everyone.values() if c.ours]
+    return report(options.out / "linear", cells, COLUMNS, machine, show, plot, LEGEND, mine)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,11 @@ from measure import (  # noqa: E402
     begin,
     copy_times,
     draw_bars,
-    failed,
     how_many_buffers,
     peak_memory,
+    report,
     timed,
     times_text,
-    write_csv,
 )
 from parity import Exact, check, find_exact, make_task  # noqa: E402
 
@@ -295,21 +294,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     entrants = [everyone[name] for name in options.contenders or everyone]
 
     machine = begin(options)
-    rows: list[Row] = []
-    for v in vs:
-        for n in ns:
-            found = cell(n, v, getattr(torch, options.dtype), device, entrants, options.rounds)
-            show(found)
-            rows += found
-            # After each: a run that is cut short keeps what it has.
-            write_csv(options.out / "loss.csv", COLUMNS, rows, machine)
-    print(LEGEND)
-    try:
-        plot(options.out / "loss.png", rows, machine)
-    except ImportError as error:
-        print(f"no plot: {error}")
-    print(f"written: {options.out}")
-    return int(failed(rows, [c.name for c in everyone.values() if c.ours]))
+    cells = (
+        cell(n, v, getattr(torch, options.dtype), device, entrants, options.rounds)
+        for v in vs
+        for n in ns
+    )
+    mine = [c.name for c in everyone.values() if c.ours]
+    return report(options.out / "loss", cells, COLUMNS, machine, show, plot, LEGEND, mine)
 
 
 if __name__ == "__main__":

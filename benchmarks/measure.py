@@ -14,7 +14,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,12 +256,6 @@ def begin(options: argparse.Namespace) -> dict[str, str]:
     return machine
 
 
-def failed(rows: list[Row], names: Sequence[str]) -> bool:
-    """Whether any of these contenders was wrong or broke."""
-    bad = ("wrong", "failed")
-    return any(row["status"].startswith(bad) and row["contender"] in names for row in rows)
-
-
 def write_csv(path: Path, columns: list[str], rows: list[Row], machine: dict[str, str]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, *machine], restval="", lineterminator="\n")
@@ -269,6 +263,36 @@ def write_csv(path: Path, columns: list[str], rows: list[Row], machine: dict[str
         for row in rows:
             shown = {k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()}
             writer.writerow(shown | machine)
+
+
+def report(
+    path: Path,
+    cells: Iterable[list[Row]],
+    columns: list[str],
+    machine: dict[str, str],
+    show: Callable[[list[Row]], None],
+    plot: Callable[[Path, list[Row], dict[str, str]], None],
+    legend: str,
+    ours: Sequence[str],
+) -> int:
+    """Print and record each cell as it comes, and plot them all: the exit status.
+
+    path: of the results, without a suffix. ours: contenders none of which may be wrong or fail.
+    """
+    rows: list[Row] = []
+    for found in cells:
+        show(found)
+        rows += found
+        # After each: a run that is cut short keeps what it has.
+        write_csv(path.with_suffix(".csv"), columns, rows, machine)
+    print(legend)
+    try:
+        plot(path.with_suffix(".png"), rows, machine)
+    except ImportError as error:
+        print(f"no plot: {error}")
+    print(f"written: {path.parent}")
+    bad = ("wrong", "failed")
+    return int(any(r["status"].startswith(bad) and r["contender"] in ours for r in rows))
 
 
 TIMES = f"{'forward ms':>16}{'backward ms':>16}{'both ms':>18}"
