@@ -67,7 +67,7 @@ def test_3_temperature_applies_once(backend, device, temperature):
     assert torch.equal(logps, out.logps)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 3, 31, 32, 33, 63, 65, 127, 128, 129, 255, 257])
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 31, 32, 33, 63, 65, 127, 128, 129, 257])
 def test_4_any_vocabulary_gives_probabilities(backend, device, vocabulary):
     logits, labels, old_logps, advantages = batch(device, vocabulary)
     every = torch.arange(vocabulary, device=device)
