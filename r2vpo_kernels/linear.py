@@ -44,7 +44,7 @@ def _blocks(rows, width, x):
 
 
 def _product(a, b, scale, out, keep=False):
-    """out = scale·(a @ b), added to what out holds if `keep`; float32 inside, rounded once."""
+    """out = scale·(a @ b), added to what out holds if `keep`."""
     beta = 1 if keep else 0
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, alpha=scale, out=out)
@@ -184,10 +184,8 @@ def _op(name, schema):
 
 
 def _zeros(hidden, count, with_entropy):
-    """`count` per-token tensors, then one for the entropy, empty where it is not wanted."""
-    tokens = hidden.shape[0]
-    sizes = [tokens] * count + [tokens if with_entropy else 0]
-    return tuple(hidden.new_zeros(size, dtype=torch.float32) for size in sizes)
+    """As `ops.empty_outputs`, but zeros: what tokens in no chunk get."""
+    return tuple(x.zero_() for x in ops.empty_outputs(hidden.unsqueeze(0), count, with_entropy))
 
 
 def _empty_gradients(hidden, head, bias, *rest):

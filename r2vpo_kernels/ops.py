@@ -120,7 +120,7 @@ def _empty_gradient(logits: Tensor) -> Tensor:
     return logits.new_empty(size).as_strided(logits.shape, (row, token, 1), start)
 
 
-def _empty_outputs(logits: Tensor, count: int, with_entropy: bool) -> tuple[Tensor, ...]:
+def empty_outputs(logits: Tensor, count: int, with_entropy: bool) -> tuple[Tensor, ...]:
     """`count` per-token tensors, then one for the entropy, empty where it is not wanted."""
     tokens = logits.shape[0] * logits.shape[1]
     sizes = [tokens] * count + [tokens if with_entropy else 0]
@@ -210,14 +210,14 @@ def _op(name: str, schema: str, mutates_args: tuple[str, ...] = ()):
 @_op("logps_forward", f"(Tensor logits, {FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)")
 def logps_forward(logits, labels, temperature, with_entropy, backend):
     """(logps, top, log2 total, entropy): Eq. 14, of which the backward needs the middle two."""
-    outputs = _empty_outputs(logits, 3, with_entropy)
+    outputs = empty_outputs(logits, 3, with_entropy)
     KERNELS[backend].logps_forward(logits, labels, temperature, *outputs, with_entropy)
     return outputs
 
 
 @logps_forward.register_fake
 def _(logits, labels, temperature, with_entropy, backend):
-    return _empty_outputs(logits, 3, with_entropy)
+    return empty_outputs(logits, 3, with_entropy)
 
 
 @_op("logps_backward", f"(Tensor logits, {BACKWARD}) -> Tensor")
@@ -243,7 +243,7 @@ def logps_backward_(logits, *rest):
 def one_pass_op(logits, *rest):
     """(logps, entropy, dL/dlogits for an upstream gradient of 1)."""
     *tensors, with_entropy, backend = rest
-    outputs = _empty_outputs(logits, 1, with_entropy)
+    outputs = empty_outputs(logits, 1, with_entropy)
     dlogits = _empty_gradient(logits)
     KERNELS[backend].one_pass(logits, dlogits, *tensors, *outputs, with_entropy)
     return *outputs, dlogits
@@ -251,20 +251,20 @@ def one_pass_op(logits, *rest):
 
 @one_pass_op.register_fake
 def _(logits, *rest):
-    return *_empty_outputs(logits, 1, rest[-2]), _empty_gradient(logits)
+    return *empty_outputs(logits, 1, rest[-2]), _empty_gradient(logits)
 
 
 @_op("one_pass_", f"(Tensor(a!) logits, {ONE_PASS}) -> (Tensor, Tensor)", ("logits",))
 def one_pass_op_(logits, *rest):
     *tensors, with_entropy, backend = rest
-    outputs = _empty_outputs(logits, 1, with_entropy)
+    outputs = empty_outputs(logits, 1, with_entropy)
     KERNELS[backend].one_pass(logits, logits, *tensors, *outputs, with_entropy)
     return outputs
 
 
 @one_pass_op_.register_fake
 def _(logits, *rest):
-    return _empty_outputs(logits, 1, rest[-2])
+    return empty_outputs(logits, 1, rest[-2])
 
 
 @_op("scale_", "(Tensor(a!) dlogits, Tensor upstream, str backend) -> ()", ("dlogits",))
