@@ -7,15 +7,25 @@ autograd Functions stand around them, and `LinearLogits` is what loss.py calls.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from . import ops, reference
-from .batch import check_device, check_float, check_labels, check_number, invalid
+from .batch import (
+    check_device,
+    check_float,
+    check_integer,
+    check_labels,
+    check_number,
+    invalid,
+)
+from .tensor_parallel import VocabularyShard
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -287,15 +297,16 @@ def _(*arguments):
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, bias, *arguments):
-        *options, labels, temperature, with_entropy, backend = arguments
+        *options, labels, temperature, with_entropy, backend, shard = arguments
         nothing = [False] * 3
-        saved = linear_logps_forward(
-            hidden, head, bias, *options, nothing, labels, temperature, with_entropy, backend
+        forward = functools.partial(linear_logps_forward, hidden, head, bias, *options, nothing)
+        saved = ops.sharded_logps_forward(
+            forward, shard, labels, temperature, with_entropy, backend
         )
-        ctx.save_for_backward(hidden, head, bias, labels, temperature, *saved)
+        ctx.save_for_backward(hidden, head, bias, *saved)
         ctx.options, ctx.with_entropy, ctx.backend = options, with_entropy, backend
-        ctx.others = len(arguments)
-        logps, _, _, entropy = saved
+        ctx.shard, ctx.others = shard, len(arguments)
+        *_, logps, _, _, entropy = saved
         return logps, entropy
 
     @staticmethod
@@ -304,10 +315,14 @@ class _LinearTokenLogps(torch.autograd.Function):
         hidden, head, bias, *saved = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         upstream = grad_logps.contiguous(), grad_entropy.contiguous()
-        gradients = linear_logps_backward(
+        dhidden, *others = linear_logps_backward(
             hidden, head, bias, *ctx.options, wanted, *saved, *upstream, ctx.with_entropy,
             ctx.backend,
         )  # fmt: skip
+        if ctx.shard is not None and wanted[0]:
+            # Each rank has found what comes from its own words.
+            dhidden = ctx.shard.sum(dhidden)
+        gradients = dhidden, *others
         chosen = (x if wants else None for x, wants in zip(gradients, wanted, strict=True))
         return *chosen, *[None] * ctx.others
 
@@ -350,6 +365,7 @@ class LinearLogits:
     chunk_tokens: int  # 0: by CHUNK_BYTES
     compact: bool
     backend: str
+    shard: VocabularyShard | None
 
     @staticmethod
     def build(
@@ -362,14 +378,25 @@ class LinearLogits:
         logit_scale: float,
         chunk_tokens: int | None,
         compact: bool,
+        with_entropy: bool,
+        tp_group: dist.ProcessGroup | None,
         backend: str,
     ) -> LinearLogits:
         _check_dense("hidden", hidden)
+        check_integer("labels", labels)
+        weight, bias = _head(weight, bias)
+        if tp_group is not None:
+            for name, value in (("weight", weight), ("bias", bias)):
+                if isinstance(value, DTensor):
+                    raise invalid(name, "a DTensor", "this rank's rows (to_local()) with tp_group")
+        backend = ops.choose_backend(backend, hidden)
+        shapes = {"hidden": hidden.shape, "labels": labels.shape, "weight less V": weight.shape[1:]}
+        kind = f"{hidden.dtype}, {backend}, entropy {with_entropy}, grad {hidden.requires_grad}"
+        shard = VocabularyShard.build(tp_group, labels, shapes, weight.shape[:1], kind)
         if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
             raise invalid("hidden", hidden, "shape (B, T, H), or (N, H) packed, with H at least 1")
         width = hidden.shape[-1]
         check_labels(labels, hidden.shape[:-1], "hidden less H")
-        weight, bias = _head(weight, bias)
         weight = _gathered(weight, hidden.dtype)
         _check_dense("weight", weight)
         if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
@@ -399,7 +426,8 @@ class LinearLogits:
             dtype,
             chunk_tokens or 0,
             compact,
-            ops.choose_backend(backend, hidden),
+            backend,
+            shard,
         )
 
     @property
@@ -407,12 +435,13 @@ class LinearLogits:
         return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
 
     @property
-    def vocabulary(self) -> int:
-        return self.weight.shape[0]
+    def vocabulary(self) -> int | Tensor:
+        return self.weight.shape[0] if self.shard is None else self.shard.whole
 
     @property
     def takes_one_pass(self) -> bool:
-        return ops.takes_one_pass(self.dtype, self.backend, self.hidden, self.weight, self.bias)
+        inputs = self.hidden, self.weight, self.bias
+        return ops.takes_one_pass(self.dtype, self.backend, self.shard, *inputs)
 
     def token_logps(
         self, labels: Tensor, temperature: Tensor, with_entropy: bool
@@ -420,13 +449,15 @@ class LinearLogits:
         """Eq. 1 and Eq. 3, differentiable: (logps, entropy or None), each (N,)."""
         if self.backend == "eager":
             hidden = torch.where((labels >= 0)[:, None], self.hidden, 0)
-            logits = reference.linear_logits(
-                hidden, self.weight, self.bias, self.softcap, self.logit_scale
-            )
+            weight, bias = self.weight, self.bias
+            if self.shard is not None:
+                weight = self.shard.gather(weight, 0)
+                bias = None if bias is None else self.shard.gather(bias, 0)
+            logits = reference.linear_logits(hidden, weight, bias, self.softcap, self.logit_scale)
             return reference.token_logps(logits, labels, temperature, with_entropy)
         logps, entropy = _LinearTokenLogps.apply(
             self.hidden, self.weight, self.bias, *self._options, labels, temperature, with_entropy,
-            self.backend,
+            self.backend, self.shard,
         )  # fmt: skip
         return logps, entropy if with_entropy else None
 

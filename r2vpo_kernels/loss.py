@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from .batch import Batch, check_float, check_labels, invalid
+from .batch import Batch, check_float, check_integer, check_labels, invalid
 from .linear import LinearLogits
 from .objective import Objective, R2VPOOutput, evaluate, token_temperature
+from .tensor_parallel import VocabularyShard
 
 
 def r2vpo_loss(
@@ -44,6 +46,7 @@ def r2vpo_loss(
     log_ratio_clamp: float = 20.0,
     cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
+    tp_group: dist.ProcessGroup | None = None,
     inplace: bool = False,
     backend: str = "auto",
 ) -> R2VPOOutput:
@@ -92,6 +95,11 @@ def r2vpo_loss(
         cu_seqlens: (S + 1,) integers, where packed sequences begin and end. Without it a packed
             batch has no sequences: every input is per token. Where S = N, each holds one token.
         return_entropy: compute `out.entropy` although entropy_coef is 0.
+        tp_group: the ranks that share out the vocabulary, in their order, each with its part of the
+            columns, of any size; everything else, labels of the whole vocabulary among it, is the
+            same on all of them, and so is the result. Costs an exchange of shapes (for which the
+            host waits), a MAX of one and a SUM of four or five numbers per token. Takes the general
+            route.
         inplace: the gradient may take the logits' memory: whoever reads logits after this call, or
             after backward, may see the gradient. Refused for a leaf, a view of one, and rows that
             share memory; under torch.compile the permission goes unused.
@@ -107,10 +115,8 @@ def r2vpo_loss(
 
     Source: DERIVATION.md, Eq. 1 to 11.
     """
-    given, logits = logits, _check_logits(logits, labels)
-    if inplace:
-        _check_inplace(given)
-    source = ops.Logits(logits, inplace, ops.choose_backend(backend, logits))
+    with_entropy = return_entropy or entropy_coef != 0
+    source = _source(logits, labels, with_entropy, inplace, backend, tp_group)
     batch, objective = _build(
         labels.shape,
         logits,
@@ -135,7 +141,7 @@ def r2vpo_loss(
         log_ratio_clamp=log_ratio_clamp,
         cu_seqlens=cu_seqlens,
     )
-    return _by_route(source, batch, objective, reduction, return_entropy or entropy_coef != 0)
+    return _by_route(source, batch, objective, reduction, with_entropy)
 
 
 def _by_route(
@@ -160,7 +166,7 @@ _KEYWORDS = {
     for name, parameter in inspect.signature(r2vpo_loss).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
 }
-_OF_LOGITS = ("ignore_index", "temperature", "return_entropy", "inplace", "backend")
+_OF_LOGITS = ("ignore_index", "temperature", "return_entropy", "tp_group", "inplace", "backend")
 
 
 def _sharing_keywords(*without: str) -> Callable[[Any], Any]:
@@ -233,7 +239,9 @@ def linear_r2vpo_loss(
             0 (advantage 0, no KL, no entropy bonus, and on-policy or λ = 0) out of those for the
             gradient. On a GPU finding them waits for it once, and once more in a backward that
             recomputes; False for no wait, no saving, and a copy of hidden.
-        keywords: those of `r2vpo_loss`, except inplace. Backend "eager" holds all logits.
+        keywords: those of `r2vpo_loss`, except inplace. Backend "eager" holds all logits. With
+            tp_group each rank has its rows of weight and bias, and the same hidden, whose gradient
+            is summed over the ranks (in float32); a DTensor is refused: give its local part.
 
     Returns: R2VPOOutput. Its loss is differentiable in hidden, weight and bias, once; only what
         requires grad is computed, in its own dtype. Sums are float32, within a product on a GPU as
@@ -243,6 +251,7 @@ def linear_r2vpo_loss(
 
     Source: DERIVATION.md, Eq. 27 to 29.
     """
+    with_entropy = keywords.pop("return_entropy") or keywords["entropy_coef"] != 0
     source = LinearLogits.build(
         hidden,
         weight,
@@ -252,9 +261,10 @@ def linear_r2vpo_loss(
         logit_scale=logit_scale,
         chunk_tokens=chunk_tokens,
         compact=compact,
+        with_entropy=with_entropy,
+        tp_group=keywords.pop("tp_group"),
         backend=keywords.pop("backend"),
     )
-    reduction, return_entropy = keywords["reduction"], keywords.pop("return_entropy")
     batch, objective = _build(
         labels.shape,
         hidden,
@@ -263,8 +273,7 @@ def linear_r2vpo_loss(
         advantages=advantages,
         **keywords,
     )
-    with_entropy = return_entropy or keywords["entropy_coef"] != 0
-    return _by_route(source, batch, objective, reduction, with_entropy)
+    return _by_route(source, batch, objective, keywords["reduction"], with_entropy)
 
 
 @_sharing_keywords(*_OF_LOGITS)
@@ -286,8 +295,8 @@ def r2vpo_loss_from_logps(
     Args:
         logps: (B, T), or (N,) packed, nats, any float dtype; computed in float32 (float64 stays).
         entropy: like logps, nats, for entropy_coef; both come from `token_logps`.
-        keywords: those of `r2vpo_loss`, except ignore_index, temperature, return_entropy, inplace
-            and backend, which are about logits.
+        keywords: those of `r2vpo_loss`, except ignore_index, temperature, return_entropy,
+            tp_group, inplace and backend, which are about logits.
 
     Returns: R2VPOOutput. Its loss is differentiable in logps and entropy.
 
@@ -323,6 +332,7 @@ def token_logps(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    tp_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of the labels (Eq. 1) and, on request, entropies (Eq. 3), both differentiable.
@@ -334,7 +344,7 @@ def token_logps(
         entropy = -(log_p.exp() * log_p).sum(-1)
 
     Args:
-        logits, labels, mask, ignore_index, backend: as for `r2vpo_loss`.
+        logits, labels, mask, ignore_index, tp_group, backend: as for `r2vpo_loss`.
         temperature: a number, or per sequence (labels (B, T)) or per token, ≥ 1e-6.
         return_entropy: return (logps, entropy).
 
@@ -345,8 +355,7 @@ def token_logps(
 
     Source: DERIVATION.md, Eq. 1, 3 and 8.
     """
-    logits = _check_logits(logits, labels)
-    source = ops.Logits(logits, False, ops.choose_backend(backend, logits))
+    source = _source(logits, labels, return_entropy, False, backend, tp_group)
     return _log_probs(source, logits, labels, temperature, mask, ignore_index, return_entropy)
 
 
@@ -382,6 +391,7 @@ def linear_token_logps(
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
     compact: bool = True,
+    tp_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logps` from hidden states and the LM head (Eq. 27); logits never exist as a whole.
@@ -395,7 +405,7 @@ def linear_token_logps(
     One matrix product; for the gradient three more, in backward.
 
     Args:
-        hidden, weight, bias, softcap, logit_scale, chunk_tokens, compact: as for
+        hidden, weight, bias, softcap, logit_scale, chunk_tokens, compact, tp_group: as for
             `linear_r2vpo_loss`; what the backward leaves out are tokens that get no gradient.
         labels, temperature, mask, ignore_index, return_entropy, backend: as for `token_logps`.
 
@@ -412,6 +422,8 @@ def linear_token_logps(
         logit_scale=logit_scale,
         chunk_tokens=chunk_tokens,
         compact=compact,
+        with_entropy=return_entropy,
+        tp_group=tp_group,
         backend=backend,
     )
     return _log_probs(source, hidden, labels, temperature, mask, ignore_index, return_entropy)
@@ -441,15 +453,29 @@ def _build(
     return batch, Objective.build(batch, **keywords)
 
 
-def _check_logits(logits: Tensor, labels: Tensor) -> Tensor:
+def _source(
+    logits: Tensor,
+    labels: Tensor,
+    with_entropy: bool,
+    inplace: bool,
+    backend: str,
+    tp_group: dist.ProcessGroup | None,
+) -> ops.Logits:
     """The logits as (B, T, V); a packed batch is one row of tokens."""
     check_float("logits", logits)
+    check_integer("labels", labels)
+    backend = ops.choose_backend(backend, logits)
+    kind = f"{logits.dtype}, {backend}, entropy {with_entropy}"
+    shapes = {"logits less V": logits.shape[:-1], "labels": labels.shape}
+    shard = VocabularyShard.build(tp_group, labels, shapes, logits.shape[-1:], kind)
     if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
         raise invalid("logits", logits, "shape (B, T, V), or (N, V) packed, with V of at least 1")
     check_labels(labels, logits.shape[:-1], "logits less V")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise invalid("logits", f"stride {logits.stride(-1)} over V", "a contiguous vocabulary")
-    return logits if logits.dim() == 3 else logits.unsqueeze(0)
+    if inplace:
+        _check_inplace(logits)
+    return ops.Logits(logits if logits.dim() == 3 else logits[None], inplace, backend, shard)
 
 
 def _check_inplace(logits: Tensor) -> None:

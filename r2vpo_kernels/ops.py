@@ -6,6 +6,7 @@ the rest of the package calls; linear.py builds the same on top of the ops that 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from . import reference
 if TYPE_CHECKING:
     from .batch import Batch
     from .objective import Objective
+    from .tensor_parallel import VocabularyShard
 
 BACKENDS = ("auto", "eager", "triton", "cpp")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -298,13 +300,27 @@ def hand_over(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     return gradient
 
 
+def sharded_logps_forward(forward, shard, labels, temperature, *options):
+    """What `forward` finds in these logits; of a shard, what all shards find together.
+
+    Returns what a backward takes: (labels, temperature, logps, top, log2 total, entropy).
+    """
+    if shard is None:
+        return labels, temperature, *forward(labels, temperature, *options)
+    local = shard.local(labels)
+    parts = forward(local, temperature, *options)
+    return local, temperature, *shard.combine(labels, temperature, *parts)
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, temperature, with_entropy, inplace, backend):
-        saved = logps_forward(logits, labels, temperature, with_entropy, backend)
-        ctx.save_for_backward(logits, labels, temperature, *saved)
+    def forward(ctx, logits, labels, temperature, with_entropy, inplace, backend, shard):
+        forward = functools.partial(logps_forward, logits)
+        options = with_entropy, backend
+        saved = sharded_logps_forward(forward, shard, labels, temperature, *options)
+        ctx.save_for_backward(logits, *saved)
         ctx.with_entropy, ctx.inplace, ctx.backend = with_entropy, inplace, backend
-        logps, _, _, entropy = saved
+        *_, logps, _, _, entropy = saved
         return logps, entropy
 
     @staticmethod
@@ -319,7 +335,7 @@ class _TokenLogps(torch.autograd.Function):
             logps_backward_(dlogits, *arguments)
         else:
             dlogits = logps_backward(logits, *arguments)
-        return dlogits, None, None, None, None, None
+        return dlogits, *[None] * 6
 
 
 class _OnePass(torch.autograd.Function):
@@ -350,13 +366,16 @@ class _OnePass(torch.autograd.Function):
         return hand_over(dlogits, upstream, ctx.backend), *[None] * ctx.others
 
 
-def takes_one_pass(dtype: torch.dtype, backend: str, *inputs: Tensor | None) -> bool:
+def takes_one_pass(
+    dtype: torch.dtype, backend: str, shard: VocabularyShard | None, *inputs: Tensor | None
+) -> bool:
     """Whether the one-pass kernel serves logits of this dtype, made of these inputs.
 
-    Not float16: its gradients would underflow before a loss scale reaches them.
+    Not float16: its gradients would underflow before a loss scale reaches them. Not a shard: its
+    coefficients wait for the other ranks.
     """
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return wanted and backend != "eager" and dtype != torch.float16
+    return wanted and backend != "eager" and dtype != torch.float16 and shard is None
 
 
 def one_pass_arguments(batch: Batch, objective: Objective) -> tuple[Tensor | str | None, ...]:
@@ -379,28 +398,30 @@ def one_pass_arguments(batch: Batch, objective: Objective) -> tuple[Tensor | str
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits (B, T, V) that are there as a whole."""
+    """Logits (B, T, V) that are there as a whole, or this rank's shard of them."""
 
     logits: Tensor
     inplace: bool
     backend: str
+    shard: VocabularyShard | None = None
 
     @property
-    def vocabulary(self) -> int:
-        return self.logits.shape[-1]
+    def vocabulary(self) -> int | Tensor:
+        return self.logits.shape[-1] if self.shard is None else self.shard.whole
 
     @property
     def takes_one_pass(self) -> bool:
-        return takes_one_pass(self.logits.dtype, self.backend, self.logits)
+        return takes_one_pass(self.logits.dtype, self.backend, self.shard, self.logits)
 
     def token_logps(
         self, labels: Tensor, temperature: Tensor, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Eq. 1 and Eq. 3, differentiable: (logps, entropy or None), each (N,)."""
         if self.backend == "eager":
-            return reference.token_logps(self.logits, labels, temperature, with_entropy)
+            logits = self.logits if self.shard is None else self.shard.gather(self.logits, -1)
+            return reference.token_logps(logits, labels, temperature, with_entropy)
         logps, entropy = _TokenLogps.apply(
-            self.logits, labels, temperature, with_entropy, self.inplace, self.backend
+            self.logits, labels, temperature, with_entropy, self.inplace, self.backend, self.shard
         )
         return logps, entropy if with_entropy else None
 

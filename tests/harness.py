@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tolerance import (
     Linear,
     Truth,
@@ -43,6 +45,7 @@ def truth_of(
     backend: str,
     upstream: Tensor | None = None,
     logits_error: Tensor | None = None,
+    sharded: bool = False,
 ) -> Truth:
     """The float64 truth, and the bounds for a backend; `upstream` (N,) defaults to ones."""
     keywords = {"reduction": "token-mean"} | keywords
@@ -64,7 +67,7 @@ def truth_of(
     with_entropy = keywords.get("return_entropy", False) or given["entropy_coef"] != 0
     rounds_x = backend == "eager"
     return find_truth(
-        logits, batch, objective, upstream.double(), with_entropy, rounds_x, logits_error
+        logits, batch, objective, upstream.double(), with_entropy, rounds_x, logits_error, sharded
     )
 
 
@@ -121,11 +124,28 @@ def record(backend: str, dtype: torch.dtype, used: dict[str, float]) -> None:
         USED[key] = max(USED.get(key, 0.0), share)
 
 
+@dataclass
+class Shard:
+    """What a rank of a tensor-parallel group has of the vocabulary."""
+
+    group: dist.ProcessGroup
+    words: slice
+
+
 def check_case(
-    logits: Tensor, labels: Tensor, keywords: dict[str, Any], backend: str, upstream: float = 1.0
+    logits: Tensor,
+    labels: Tensor,
+    keywords: dict[str, Any],
+    backend: str,
+    upstream: float = 1.0,
+    shard: Shard | None = None,
 ) -> None:
     """Run forward and backward, and hold every output to the truth."""
-    leaf = logits.detach().requires_grad_()
+    leaf = logits.detach()
+    if shard is not None:
+        leaf = leaf[..., shard.words]
+        keywords = keywords | {"tp_group": shard.group}
+    leaf = leaf.requires_grad_()
     seen = leaf
     if keywords.get("inplace"):
         seen = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
@@ -133,8 +153,12 @@ def check_case(
     out = r2vpo_kernels.r2vpo_loss(seen, labels, backend=backend, **keywords)
     each = upstream_of(labels, keywords, upstream)
     (gradient,) = torch.autograd.grad(out.loss, leaf, each)
-    truth = truth_of(logits, labels, keywords, backend, each.expand(labels.shape).reshape(-1))
+    tokens = each.expand(labels.shape).reshape(-1)
+    truth = truth_of(logits, labels, keywords, backend, tokens, sharded=shard is not None)
     used = check_values(out, truth, each)
+    if shard is not None:
+        truth.gradient = truth.gradient[:, shard.words]
+        truth.gradient_bound = truth.gradient_bound[:, shard.words]
     # What the one-pass route has rounded, an upstream gradient other than 1 rounds again.
     roundings = 2 if upstream != 1.0 and out.loss.dim() == 0 else 1
     used["gradient"] = check_gradient(gradient, truth, backend, roundings)
@@ -149,11 +173,16 @@ def check_linear_case(
     backend: str,
     upstream: float = 1.0,
     dtype: torch.dtype | None = None,
+    shard: Shard | None = None,
 ) -> None:
     """As `check_case`, from hidden, weight and perhaps bias; `dtype`: of the logits."""
     dtype = dtype or inputs["hidden"].dtype
     backend = ops.choose_backend(backend, inputs["hidden"])
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    leaves = {name: x.detach() for name, x in inputs.items()}
+    if shard is not None:
+        words = {name: leaves[name][shard.words] for name in leaves if name != "hidden"}
+        leaves, keywords = leaves | words, keywords | {"tp_group": shard.group}
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     out = r2vpo_kernels.linear_r2vpo_loss(
         leaves["hidden"], leaves["weight"], labels, bias=leaves.get("bias"), backend=backend,
         **head, **keywords,
@@ -174,15 +203,17 @@ def check_linear_case(
     logits = linear.logits().reshape(*labels.shape, -1)
     truth = truth_of(
         logits, labels, keywords, backend, each.expand(labels.shape).reshape(-1),
-        linear.logits_error(),
+        linear.logits_error(), shard is not None,
     )  # fmt: skip
     used = check_values(out, truth, each)
     truncated = truncates(backend, dtype)
-    found = linear.gradients(truth.gradient, truth.gradient_bound, truncated)
+    found = linear.gradients(truth.gradient, truth.gradient_bound, truncated, shard is not None)
     # What is rounded to the dtype of the products, an upstream gradient other than 1 rounds again.
     ulps = 1.0 if upstream != 1.0 else 0.5
     for (name, x), gradient, (true, bound) in zip(leaves.items(), gradients, found, strict=False):
         assert gradient.dtype == x.dtype
+        if shard is not None and name != "hidden":
+            true, bound = true[shard.words], bound[shard.words]
         used[f"d{name}"] = assert_within(name, gradient, true, bound, dtype=dtype, ulps=ulps)
         rounding = output_rounding(true, bound, dtype, ulps)
         assert_no_lean(name, gradient, true, bound, rounding, truncated)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -219,3 +220,16 @@ def linear_cases(draw, **fixed: Any) -> LinearCase:
     width = draw(st.sampled_from([1, 5, 16, 24]))
     column_major = draw(st.sampled_from([(), (), ("hidden",), ("weight",)]))
     return LinearCase(draw(cases(**fixed)), width, draw(st.booleans()), column_major, head)
+
+
+def drawn(strategy: st.SearchStrategy, count: int) -> list[Any]:
+    """So many cases, for what cannot be drawn where it runs: processes that act together."""
+    found: list[Any] = []
+
+    @settings(max_examples=count, derandomize=True, database=None, phases=[Phase.generate])
+    @given(strategy)
+    def collect(case):
+        found.append(case)
+
+    collect()
+    return found

@@ -27,3 +27,15 @@ def test_train_tiny(loss, tmp_path):
     assert all(float(row["ratio_var"]) > 0 for row in rows)
     assert (rows[0]["lambda"] != rows[1]["lambda"]) == (loss == "r2vpo")
     assert (tmp_path / f"train_tiny_{loss}.png").stat().st_size > 10_000
+
+
+def test_dpo_penalty():
+    """The penalty holds the ratio's second moment down."""
+    command = [sys.executable, "examples/dpo_penalty.py", "--steps", "8", "--pairs", "100"]
+    run = subprocess.run(
+        [*command, "--warm-up", "0.0", "--coefs", "0", "10"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    free, held = (float(line.split()[-1]) for line in run.stdout.splitlines()[-2:])
+    assert 0 < held < free

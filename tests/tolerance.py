@@ -1,4 +1,4 @@
-"""The error budget of DERIVATION.md, Eq. 19 to 26 and 29, and the checker that holds results to it.
+"""The error budget of DERIVATION.md (Eq. 19 to 26, 29, 31), and what holds results to it.
 
 Truth is the specification in float64 on the same (rounded) inputs; each bound is derived per
 element, nothing is tuned.
@@ -47,11 +47,13 @@ def find_truth(
     with_entropy: bool,
     rounds_x: bool,
     logits_error: Tensor | None = None,
+    sharded: bool = False,
 ) -> Truth:
     """`logits` (B, T, V) float64, `upstream` (N,): the gradient that reaches each token's loss.
 
     rounds_x: x = z / temperature is rounded, and not only its distance from the maximum.
     logits_error: (N, V), how far off the logits were that were computed with (Eq. 29).
+    sharded: the vocabulary was shared out over ranks (Eq. 31).
     """
     logits = logits.detach().requires_grad_()
     labels, temperature = batch.labels, objective.temperature
@@ -75,7 +77,7 @@ def find_truth(
 
     def log_p_error(size: Tensor, largest: Tensor) -> Tensor:
         largest = largest if rounds_x else torch.minimum(largest, size / 2)
-        return 4 * U * (1 + largest + size + math.log(vocabulary))
+        return (5 if sharded else 4) * U * (1 + largest + size + math.log(vocabulary))
 
     each = log_p_error(finite_log_p.abs(), largest[:, None])
     values = logps.detach()
@@ -220,7 +222,7 @@ class Linear:
         return error + (torch.finfo(self.dtype).eps / 2 + 4 * U) * self.logits().abs()
 
     def gradients(
-        self, dlogits: Tensor, bound: Tensor, truncates: bool
+        self, dlogits: Tensor, bound: Tensor, truncates: bool, sharded: bool = False
     ) -> list[tuple[Tensor, Tensor]]:
         """(truth, bound before output rounding) for hidden states, weight and bias (Eq. 29)."""
         v = torch.finfo(self.dtype).eps / 2
@@ -237,7 +239,9 @@ class Linear:
             dlogits = dlogits * slope
         scale, (tokens, vocabulary) = abs(self.logit_scale), dlogits.shape
         size = dlogits.abs() + bound
-        over_v, over_n = bound + (vocabulary + 2) * U * size, bound + ((tokens + 2) * U + v) * size
+        # Each rank's part of dL/dhidden is rounded before they are added (Eq. 31).
+        over_v = bound + ((vocabulary + 2) * U + (v if sharded else 0)) * size
+        over_n = bound + ((tokens + 2) * U + v) * size
         return [
             (self.logit_scale * dlogits @ self.weight, scale * over_v @ self.weight.abs()),
             (self.logit_scale * dlogits.t() @ self.hidden, scale * over_n.t() @ self.hidden.abs()),
