@@ -67,7 +67,9 @@ def dpo(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--coefs", type=float, nargs="+", default=[0.0, 1.0], help="λ, one run each")
+    parser.add_argument(
+        "--coefs", type=float, nargs="+", default=[0.0, 1.0], help="λ, one run each"
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=2048, help="prompts to make pairs from")
     parser.add_argument("--beta", type=float, default=0.5)

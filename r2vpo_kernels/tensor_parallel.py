@@ -118,7 +118,8 @@ class VocabularyShard:
         layout = _layout(
             labels, ", ".join(shapes), lengths, [*flat, *size], kind, tp_group.group_name
         )
-        begin, whole = layout[:2].to(labels.device).unbind()
+        # Pageable memory is staged before the call returns; a blocking copy would wait for a GPU.
+        begin, whole = layout[:2].to(labels.device, non_blocking=True).unbind()
         return VocabularyShard(size[0], begin, whole, layout, tp_group.group_name)
 
     def _here(self, labels: Tensor) -> Tensor:

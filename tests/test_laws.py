@@ -131,6 +131,28 @@ def test_a_row_does_not_depend_on_its_batch(backend, device, dtype, vocabulary):
         assert torch.equal(part_gradient, gradient[rows])
 
 
+def test_groups_by_age_only_say_how_statistics_are_kept(backend, device):
+    logits, labels, old_logps, advantages, _ = draw(device)
+    age = torch.tensor([2, 0, 2, 0], device=device)
+    arguments = logits, labels, backend
+    keywords = {"old_logps": old_logps, "advantages": advantages}
+    whole, gradient = run(*arguments, **keywords)
+    by_age, same_gradient = run(*arguments, group_ids=age, num_groups=3, **keywords)
+    assert torch.equal(gradient, same_gradient)
+    for group in (0, 2):
+        alone, _ = run(
+            logits[age == group], labels[age == group], backend,
+            old_logps=old_logps[age == group], advantages=advantages[age == group],
+        )  # fmt: skip
+        for name in ("mean", "variance", "ess"):
+            # Of three sums, each once rounded.
+            torch.testing.assert_close(
+                getattr(by_age.stats, name)[group], getattr(alone.stats, name)[0],
+                rtol=1e-6, atol=0,
+            )  # fmt: skip
+    assert by_age.stats.variance[1] == 0 and by_age.stats.ess[1] == 1
+
+
 @settings(max_examples=25)
 @given(cases())
 def test_repetition_gives_the_same_bits(backend, device, case):
