@@ -37,9 +37,10 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+$(VENV)/ready: $(wildcard requirements-*.txt) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	$(RUN) -m pip install --quiet --no-deps --requirement requirements-no-deps.txt
 	$(RUN) -m pip install --quiet --editable .
 	touch $@
 

@@ -21,6 +21,11 @@ from . import ops
 LN_2 = math.log(2.0)
 
 
+def _ranks(group: str) -> dist.ProcessGroup:
+    """Ops take a group by its name."""
+    return _resolve_process_group(group)  # type: ignore[arg-type]
+
+
 @torch.library.custom_op("r2vpo_kernels::shard_layout", mutates_args=())
 def _layout(
     labels: Tensor, names: str, lengths: list[int], shapes: list[int], kind: str, group: str
@@ -31,7 +36,7 @@ def _layout(
     Ranks that came with anything else than the others would wait for each other for ever in what
     follows: here all of them raise.
     """
-    ranks = _resolve_process_group(group)
+    ranks = _ranks(group)
     *rest, size = shapes
     described = [kind]
     for name, length in zip(names.split(", "), lengths, strict=True):
@@ -49,15 +54,13 @@ def _layout(
 
 @_layout.register_fake
 def _(labels, names, lengths, shapes, kind, group):
-    return labels.new_empty(
-        2 + _resolve_process_group(group).size(), dtype=torch.int64, device="cpu"
-    )
+    return labels.new_empty(2 + _ranks(group).size(), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("r2vpo_kernels::all_reduce", mutates_args=())
 def _all_reduce(x: Tensor, op: str, group: str) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, getattr(dist.ReduceOp, op), group=_resolve_process_group(group))
+    dist.all_reduce(total, getattr(dist.ReduceOp, op), group=_ranks(group))
     return total
 
 
@@ -72,7 +75,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shard, dim, begin, sizes, group):
         ctx.place = dim, begin, shard.shape[dim]
-        ranks = _resolve_process_group(group)
+        ranks = _ranks(group)
         # A collective takes equal shapes.
         shape = list(shard.shape)
         shape[dim] = max(sizes)
@@ -96,7 +99,7 @@ class VocabularyShard:
     begin: Tensor  # 0-dim
     whole: Tensor  # 0-dim
     layout: Tensor  # of `_layout`
-    group: str  # by name, as ops take it
+    group: str
 
     @staticmethod
     def build(

@@ -136,7 +136,7 @@ def test_groups_by_age_only_say_how_statistics_are_kept(backend, device):
     age = torch.tensor([2, 0, 2, 0], device=device)
     arguments = logits, labels, backend
     keywords = {"old_logps": old_logps, "advantages": advantages}
-    whole, gradient = run(*arguments, **keywords)
+    _, gradient = run(*arguments, **keywords)
     by_age, same_gradient = run(*arguments, group_ids=age, num_groups=3, **keywords)
     assert torch.equal(gradient, same_gradient)
     for group in (0, 2):

@@ -20,11 +20,9 @@ def _on_a_cpu(device):
 
 
 def words_of(rank, ranks, vocabulary):
-    """Parts of ⌈V / ranks⌉ words; the last has what is left, and one word at the least."""
-    size = -(-vocabulary // ranks)
-    while size * (ranks - 1) >= vocabulary:
-        size -= 1
-    return slice(size * rank, vocabulary if rank == ranks - 1 else size * (rank + 1))
+    """Parts of unequal sizes, none of them empty."""
+    begin, end = (r + (vocabulary - ranks) * r**2 // ranks**2 for r in (rank, rank + 1))
+    return slice(begin, end)
 
 
 def check_drawn(rank, jobs):
@@ -62,12 +60,13 @@ def batch(vocabulary=10):
 
 
 def check_infinities(rank):
-    """Shards of -inf alone; a label among them; a row of nothing else; a NaN in one shard."""
+    """A shard of -inf alone; the label in it; a row of nothing else; a NaN in one shard."""
     group, words = dist.group.WORLD, words_of(rank, 2, 10)
     logits, labels, *_ = batch()
     labels[0] = torch.tensor([1, 8, 1])
-    logits[0, 0, 5:] = -torch.inf  # the other shard's label
-    logits[0, 1, 5:] = -torch.inf  # the label is there
+    second = words_of(1, 2, 10)
+    logits[0, 0, second] = -torch.inf  # the other shard's label
+    logits[0, 1, second] = -torch.inf  # the label is there
     logits[0, 2] = -torch.inf
     logits[1, 0, 7] = torch.nan
     labels[1, 1] = -100
@@ -128,10 +127,9 @@ def check_errors(rank):
         linear_token_logps(hidden, weight, labels, tp_group=group)
 
     other = labels.clone()
-    # A word of each shard in turn.
-    other[1, 2] = (other[1, 2] + 5 * rank) % 10
+    other[1, 2] = (0, 9)[rank]  # a word of the other shard
     hole = labels.clone()
-    hole[1, 2] = -100 if rank else hole[1, 2]
+    hole[1, 2] = -100 if rank else 0
     for raises, message in (
         (lambda: loss(logits[:, short], labels[:, short], old_logps[:, short]),
          r"logits less V \(2, 2\).* on rank 1, expected .*\(2, 3\).* of rank 0"),

@@ -1,0 +1,68 @@
+"""slime 0.3.1: a custom loss of its Megatron trainer.
+
+    --loss-type custom_loss --custom-config-path r2vpo.yaml  # r2vpo_variance_coef: 2.5, ...
+    --custom-loss-function-path r2vpo_kernels.integrations.slime.r2vpo_loss_function
+
+It stands in for slime's policy loss, and --entropy-coef, --use-kl-loss, --kl-loss-coef,
+--kl-loss-type and --use-rollout-logprobs mean what they do there; other corrections are refused.
+Log-probs are slime's own, under tensor and context parallelism (which has no "sequence" ratio),
+and so is the sum over tokens. No group ids and no sign of an optimizer step come: no centre
+"group", λ is a number.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import invalid
+from . import check_version
+from .hook import refuse, required, settings, token_losses
+
+check_version("slime", "0.3.1", "0.4")
+
+from slime.backends.megatron_utils import cp_utils, loss  # noqa: E402
+
+
+def r2vpo_loss_function(
+    args: Namespace,
+    batch: dict[str, Any],
+    logits: Tensor,
+    sum_of_sample_mean: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """logits (1, T, V) float32; the batch holds lists of one tensor (response length,) a sample."""
+    refuse(args, "use_tis", "use_opsm", "use_unbiased_kl", "get_mismatch_metrics")
+    names = ("unconcat_tokens", "total_lengths", "response_lengths")
+    _, totals, lengths = (batch[name] for name in names)
+    samples = {name: batch[name] for name in names}
+    samples |= loss.get_rollout_top_p_logprob_kwargs(args, batch)
+    _, scored = loss.get_log_probs_and_entropy(logits, args=args, with_entropy=True, **samples)
+
+    def packed(name: str) -> Tensor | None:
+        return torch.cat(batch[name]) if batch.get(name) else None
+
+    keywords = settings(args, prefix="r2vpo_") | {
+        "entropy": torch.cat(scored["entropy"]),
+        "entropy_coef": args.entropy_coef,
+        "ref_logps": packed("ref_log_probs"),
+        "kl_coef": args.kl_loss_coef if args.use_kl_loss else 0.0,
+        "kl_estimator": args.kl_loss_type.replace("low_var_kl", "k3"),
+    }
+    logps = torch.cat(scored["log_probs"])
+    if keywords.get("ratio_level") == "sequence":
+        if [len(x) for x in scored["log_probs"]] != list(lengths):
+            raise invalid("r2vpo_ratio_level", "'sequence'", "'token' under context parallelism")
+        keywords["cu_seqlens"] = torch.tensor([0, *lengths], device=logps.device).cumsum(0)
+    mask = torch.cat([*map(cp_utils.slice_log_prob_with_cp, batch["loss_masks"], totals, lengths)])
+    name = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
+    old, advantages = required(name, packed(name), logps), torch.cat(batch["advantages"])
+    out = token_losses(logps, old, advantages, mask, name, **keywords)
+    # Without a token of its own a rank still takes part in the others' backward.
+    total = sum_of_sample_mean(out.loss) + (0 * logits.sum() if logps.numel() == 0 else 0)
+    ratio = torch.where(mask != 0, out.logps - old, 0.0).clamp(max=20.0).exp()
+    logged = {"ratio": sum_of_sample_mean(ratio), "ratio_d2": sum_of_sample_mean((ratio - 1) ** 2)}
+    return total, {"loss": total.detach().clone()} | logged

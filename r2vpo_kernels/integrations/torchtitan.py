@@ -1,0 +1,64 @@
+"""torchtitan 0.3, experiments/rl: a loss of its PolicyTrainer, alone or inside ChunkedLossWrapper.
+
+    from r2vpo_kernels.integrations.torchtitan import R2VPOLoss
+    loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=R2VPOLoss.Config(variance_coef=2.5)),
+
+The old log-probs are the generator's; tokens where they are not finite are left out, as they are
+of the trainer's denominator. The log-probs are torchtitan's own, which knows how logits are
+sharded. Rows are packed and cut into chunks, and no group ids and no sign of an optimizer step
+come: the ratio is the token's, the centre "one", λ a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import check_choice
+from . import check_version
+from .hook import Settings, metrics, required, settings, token_losses
+
+check_version("torchtitan", "0.3", "0.4")
+
+from torchtitan.components.loss import BaseLoss, compute_logprobs  # noqa: E402
+
+
+class R2VPOLoss(BaseLoss):
+    @dataclass(kw_only=True, slots=True)
+    class Config(Settings, BaseLoss.Config):
+        pass
+
+    def __init__(self, config: Config, *, compile_config: Any = None) -> None:
+        check_choice("ratio_level", config.ratio_level, ("token",))
+        self.settings = settings(config)
+
+    def __call__(
+        self,
+        pred: Tensor,
+        labels: Tensor,
+        global_valid_tokens: float | None = None,
+        *,
+        generator_logprobs: Tensor,
+        advantages: Tensor,
+        loss_mask: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """pred: logits (B, L, V); the others (B, L), labels already shifted."""
+        logps = compute_logprobs(pred, labels)
+        old = required("generator_logprobs", generator_logprobs, logps)
+        mask = loss_mask & torch.isfinite(old)
+        out = token_losses(logps, old, advantages, mask, "generator_logprobs", **self.settings)
+        denominator = 1 if global_valid_tokens is None else max(global_valid_tokens, 1)
+        loss = out.loss.sum() / denominator
+        # Names in mean and frac are summed over chunks, ranks and micro-batches.
+        share, means = mask.sum() / denominator, metrics(out)
+        return loss, {
+            "loss/mean": loss.detach(),
+            "loss/ratio_mean": (out.stats.weight + out.stats.d_sum).sum() / denominator,
+            "loss/ratio_second_moment_mean": out.stats.d_sq_sum.sum() / denominator,
+            "loss/ratio_clamped_frac": means["ratio/clamped"] * share,
+            "loss/kl_old_mean": means["kl/old"] * share,
+            "loss/ratio/max": means["ratio/max"],
+        }
