@@ -105,10 +105,14 @@ def check_cost(rank):
         r2vpo_loss(part, labels, old_logps, advantages, tp_group=group, **keywords).loss.backward()
         assert calls == [(MAX, tokens), (SUM, floats * tokens)]
         calls.clear()
-    hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     head = torch.nn.Linear(8, words.stop - words.start)
-    linear_r2vpo_loss(hidden, head, labels, old_logps, advantages, tp_group=group).loss.backward()
-    assert calls == [(MAX, tokens), (SUM, 4 * tokens), (SUM, hidden.numel())]
+    for frozen, more in ((False, [(SUM, hidden.numel())]), (True, [])):
+        states = hidden.clone().requires_grad_(not frozen)
+        out = linear_r2vpo_loss(states, head, labels, old_logps, advantages, tp_group=group)
+        out.loss.backward()
+        assert calls == [(MAX, tokens), (SUM, 4 * tokens), *more]
+        calls.clear()
     dist.all_reduce = all_reduce
 
 
