@@ -389,7 +389,13 @@ class LinearLogits:
             for name, value in (("weight", weight), ("bias", bias)):
                 if isinstance(value, DTensor):
                     raise invalid(name, "a DTensor", "this rank's rows (to_local()) with tp_group")
+        weight = _gathered(weight, hidden.dtype)
+        _check_dense("weight", weight)
+        if bias is not None:
+            bias = _gathered(bias, hidden.dtype)
+            _check_dense("bias", bias)
         backend = ops.choose_backend(backend, hidden)
+        # Before anything that one rank alone could stumble over.
         shapes = {"hidden": hidden.shape, "labels": labels.shape, "weight less V": weight.shape[1:]}
         kind = f"{hidden.dtype}, {backend}, entropy {with_entropy}, grad {hidden.requires_grad}"
         shard = VocabularyShard.build(tp_group, labels, shapes, weight.shape[:1], kind)
@@ -397,15 +403,10 @@ class LinearLogits:
             raise invalid("hidden", hidden, "shape (B, T, H), or (N, H) packed, with H at least 1")
         width = hidden.shape[-1]
         check_labels(labels, hidden.shape[:-1], "hidden less H")
-        weight = _gathered(weight, hidden.dtype)
-        _check_dense("weight", weight)
         if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
             raise invalid("weight", weight, f"shape (V, {width}), H that of hidden")
-        if bias is not None:
-            bias = _gathered(bias, hidden.dtype)
-            _check_dense("bias", bias)
-            if bias.shape != weight.shape[:1]:
-                raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
         dtype = _common_dtype(hidden, weight, bias)
         if softcap is not None:
             check_number("softcap", softcap)
