@@ -76,6 +76,7 @@ BAD = {
     "an unknown center": ({"center": "zero"}, "center", "'zero'.*'one', 'group'"),
     "an unknown level": ({"ratio_level": "word"}, "ratio_level", "'word'.*'token', 'sequence'"),
     "an unknown estimator": ({"kl_estimator": "k4"}, "kl_estimator", "'k4'.*'k1', 'k2', 'k3'"),
+    "ranks that are no group": ({"tp_group": [0, 1]}, "tp_group", "list.*ProcessGroup.*None"),
     "an unknown backend": ({"backend": "c"}, "backend", "'c'.*'auto', 'eager', 'triton', 'cpp'"),
     "KL without a reference": ({"kl_coef": 0.1}, "ref_logps", "None.*kl_coef is 0.1"),
     "ref_logps of another shape": ({"ref_logps": torch.zeros(B)}, "ref_logps", r"\(3,\)"),
@@ -151,6 +152,7 @@ def test_bad_packed_input_is_refused(name):
 
 
 ELSEWHERE = {"logits", "labels", "temperature", "backend", "entropy_coef", "ignore_index"}
+ELSEWHERE |= {"tp_group"}
 FROM_LOGPS = [name for name, (changes, _, _) in BAD.items() if not ELSEWHERE & set(changes)]
 
 
@@ -182,7 +184,11 @@ def test_bad_logps_are_refused(changes, argument):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n, (c, _, _) in BAD.items() if set(c) <= {"logits", "labels", "temperature", "mask"}],
+    [
+        n
+        for n, (c, _, _) in BAD.items()
+        if set(c) <= {"logits", "labels", "temperature", "mask", "tp_group"}
+    ],
 )
 def test_token_logps_refuses_the_same(name):
     changes, argument, words = BAD[name]
