@@ -39,3 +39,14 @@ def test_dpo_penalty():
     assert run.returncode == 0, run.stderr
     free, held = (float(line.split()[-1]) for line in run.stdout.splitlines()[-2:])
     assert 0 < held < free
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="TRL is installed for 3.11 alone")
+def test_train_trl():
+    run = subprocess.run(
+        [sys.executable, "examples/train_trl.py", "--steps", "2"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    (line,) = (line for line in run.stdout.splitlines() if line.startswith("step"))
+    assert "λ" in line and "nan" not in line
