@@ -163,7 +163,7 @@ class Batch:
         like: Tensor,
         *,
         labels: Tensor | None = None,
-        vocabulary: int | Tensor = 0,
+        vocabulary: int = 0,
         ignore_index: int = -100,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,

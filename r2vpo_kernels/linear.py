@@ -12,24 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from . import ops, reference
-from .batch import (
-    check_device,
-    check_float,
-    check_integer,
-    check_labels,
-    check_number,
-    invalid,
-)
-from .tensor_parallel import VocabularyShard
+from .batch import check_device, check_float, check_labels, check_number, invalid
 
 if TYPE_CHECKING:
     from .batch import Batch
     from .objective import Objective
+    from .tensor_parallel import VocabularyShard
 
 # Bytes that the logits of a chunk may take, unless one chunk is to hold all tokens.
 CHUNK_BYTES = {"cpu": 2**28, "elsewhere": 2**30}
@@ -365,7 +357,7 @@ class LinearLogits:
     chunk_tokens: int  # 0: by CHUNK_BYTES
     compact: bool
     backend: str
-    shard: VocabularyShard | None
+    shard: VocabularyShard | None = None
 
     @staticmethod
     def build(
@@ -378,35 +370,27 @@ class LinearLogits:
         logit_scale: float,
         chunk_tokens: int | None,
         compact: bool,
-        with_entropy: bool,
-        tp_group: dist.ProcessGroup | None,
+        sharded: bool,
         backend: str,
     ) -> LinearLogits:
         _check_dense("hidden", hidden)
-        check_integer("labels", labels)
-        weight, bias = _head(weight, bias)
-        if tp_group is not None:
-            for name, value in (("weight", weight), ("bias", bias)):
-                if isinstance(value, DTensor):
-                    raise invalid(name, "a DTensor", "this rank's rows (to_local()) with tp_group")
-        weight = _gathered(weight, hidden.dtype)
-        _check_dense("weight", weight)
-        if bias is not None:
-            bias = _gathered(bias, hidden.dtype)
-            _check_dense("bias", bias)
-        backend = ops.choose_backend(backend, hidden)
-        # Before anything that one rank alone could stumble over.
-        shapes = {"hidden": hidden.shape, "labels": labels.shape, "weight less V": weight.shape[1:]}
-        kind = f"{hidden.dtype}, {backend}, entropy {with_entropy}, grad {hidden.requires_grad}"
-        shard = VocabularyShard.build(tp_group, labels, shapes, weight.shape[:1], kind)
         if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
             raise invalid("hidden", hidden, "shape (B, T, H), or (N, H) packed, with H at least 1")
         width = hidden.shape[-1]
         check_labels(labels, hidden.shape[:-1], "hidden less H")
+        weight, bias = _head(weight, bias)
+        for name, value in (("weight", weight), ("bias", bias)):
+            if sharded and isinstance(value, DTensor):
+                raise invalid(name, "a DTensor", "this rank's rows (to_local()) with tp_group")
+        weight = _gathered(weight, hidden.dtype)
+        _check_dense("weight", weight)
         if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
             raise invalid("weight", weight, f"shape (V, {width}), H that of hidden")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
+        if bias is not None:
+            bias = _gathered(bias, hidden.dtype)
+            _check_dense("bias", bias)
+            if bias.shape != weight.shape[:1]:
+                raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
         dtype = _common_dtype(hidden, weight, bias)
         if softcap is not None:
             check_number("softcap", softcap)
@@ -427,8 +411,7 @@ class LinearLogits:
             dtype,
             chunk_tokens or 0,
             compact,
-            backend,
-            shard,
+            ops.choose_backend(backend, hidden),
         )
 
     @property
@@ -436,8 +419,21 @@ class LinearLogits:
         return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
 
     @property
-    def vocabulary(self) -> int | Tensor:
-        return self.weight.shape[0] if self.shard is None else self.shard.whole
+    def vocabulary(self) -> int:
+        """Of the shard, if it is one."""
+        return self.weight.shape[0]
+
+    @property
+    def like(self) -> Tensor:
+        """What has the dtype and the device of the rest."""
+        return self.hidden
+
+    @property
+    def kind(self) -> str:
+        """What has to be alike where shards meet: the last, for the gradient is summed."""
+        sums = torch.is_grad_enabled() and self.hidden.requires_grad
+        options = f"bias {self.bias is not None}, softcap {self.softcap}, scale {self.logit_scale}"
+        return f"{self.dtype}, {self.backend}, {options}, gradient of hidden {sums}"
 
     @property
     def takes_one_pass(self) -> bool:
@@ -452,7 +448,7 @@ class LinearLogits:
             hidden = torch.where((labels >= 0)[:, None], self.hidden, 0)
             weight, bias = self.weight, self.bias
             if self.shard is not None:
-                weight = self.shard.gather(weight, 0)
+                labels, weight = self.shard.checked(labels), self.shard.gather(weight, 0)
                 bias = None if bias is None else self.shard.gather(bias, 0)
             logits = reference.linear_logits(hidden, weight, bias, self.softcap, self.logit_scale)
             return reference.token_logps(logits, labels, temperature, with_entropy)

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from .batch import Batch, check_float, check_integer, check_labels, invalid
+from .batch import Batch, check_float, check_labels, invalid
 from .linear import LinearLogits
 from .objective import Objective, R2VPOOutput, evaluate, token_temperature
-from .tensor_parallel import VocabularyShard
+from .tensor_parallel import UNKNOWN_VOCABULARY, agree
 
 
 def r2vpo_loss(
@@ -115,32 +115,36 @@ def r2vpo_loss(
 
     Source: DERIVATION.md, Eq. 1 to 11.
     """
+    keywords = {
+        "old_logps": old_logps,
+        "advantages": advantages,
+        "variance_coef": variance_coef,
+        "center": center,
+        "group_ids": group_ids,
+        "num_groups": num_groups,
+        "group_size": group_size,
+        "mask": mask,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "ratio_level": ratio_level,
+        "importance_weights": importance_weights,
+        "ref_logps": ref_logps,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator,
+        "entropy_coef": entropy_coef,
+        "temperature": temperature,
+        "log_ratio_clamp": log_ratio_clamp,
+        "cu_seqlens": cu_seqlens,
+    }
     with_entropy = return_entropy or entropy_coef != 0
-    source = _source(logits, labels, with_entropy, inplace, backend, tp_group)
-    batch, objective = _build(
-        labels.shape,
-        logits,
-        _labelling(source, labels, ignore_index),
-        old_logps=old_logps,
-        advantages=advantages,
-        variance_coef=variance_coef,
-        center=center,
-        group_ids=group_ids,
-        num_groups=num_groups,
-        group_size=group_size,
-        mask=mask,
-        reduction=reduction,
-        normalizer=normalizer,
-        ratio_level=ratio_level,
-        importance_weights=importance_weights,
-        ref_logps=ref_logps,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        entropy_coef=entropy_coef,
-        temperature=temperature,
-        log_ratio_clamp=log_ratio_clamp,
-        cu_seqlens=cu_seqlens,
-    )
+
+    def prepare() -> tuple[ops.Logits, Batch, Objective]:
+        source = _source(logits, labels, inplace, backend)
+        labelling = _labelling(source, labels, ignore_index, tp_group)
+        return source, *_build(labels.shape, source.like, labelling, **keywords)
+
+    options = keywords | {"labels": labels, "entropy": with_entropy}
+    source, batch, objective = agree(tp_group, options, prepare)
     return _by_route(source, batch, objective, reduction, with_entropy)
 
 
@@ -251,28 +255,30 @@ def linear_r2vpo_loss(
 
     Source: DERIVATION.md, Eq. 27 to 29.
     """
-    with_entropy = keywords.pop("return_entropy") or keywords["entropy_coef"] != 0
-    source = LinearLogits.build(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk_tokens=chunk_tokens,
-        compact=compact,
-        with_entropy=with_entropy,
-        tp_group=keywords.pop("tp_group"),
-        backend=keywords.pop("backend"),
+    keywords |= {"old_logps": old_logps, "advantages": advantages}
+    tp_group, backend, ignore_index, return_entropy = (
+        keywords.pop(name) for name in ("tp_group", "backend", "ignore_index", "return_entropy")
     )
-    batch, objective = _build(
-        labels.shape,
-        hidden,
-        _labelling(source, labels, keywords.pop("ignore_index")),
-        old_logps=old_logps,
-        advantages=advantages,
-        **keywords,
-    )
+    with_entropy = return_entropy or keywords["entropy_coef"] != 0
+
+    def prepare() -> tuple[LinearLogits, Batch, Objective]:
+        source = LinearLogits.build(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            chunk_tokens=chunk_tokens,
+            compact=compact,
+            sharded=tp_group is not None,
+            backend=backend,
+        )
+        labelling = _labelling(source, labels, ignore_index, tp_group)
+        return source, *_build(labels.shape, source.like, labelling, **keywords)
+
+    options = keywords | {"labels": labels, "hidden": hidden, "entropy": with_entropy}
+    source, batch, objective = agree(tp_group, options, prepare)
     return _by_route(source, batch, objective, keywords["reduction"], with_entropy)
 
 
@@ -355,23 +361,31 @@ def token_logps(
 
     Source: DERIVATION.md, Eq. 1, 3 and 8.
     """
-    source = _source(logits, labels, return_entropy, False, backend, tp_group)
-    return _log_probs(source, logits, labels, temperature, mask, ignore_index, return_entropy)
+
+    def source() -> ops.Logits:
+        return _source(logits, labels, False, backend)
+
+    return _log_probs(source, labels, temperature, mask, ignore_index, return_entropy, tp_group)
 
 
 def _log_probs(
-    source: ops.Logits | LinearLogits,
-    like: Tensor,
+    build_source: Callable[[], ops.Logits | LinearLogits],
     labels: Tensor,
     temperature: float | Tensor,
     mask: Tensor | None,
     ignore_index: int,
     return_entropy: bool,
+    tp_group: dist.ProcessGroup | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    labelling = _labelling(source, labels, ignore_index)
-    batch = Batch.build(labels.shape, like, mask=mask, **labelling)
-    temperature = token_temperature(batch, temperature)
-    logps, entropy = source.token_logps(batch.labels, temperature, return_entropy)
+    def prepare() -> tuple[ops.Logits | LinearLogits, Batch, Tensor]:
+        source = build_source()
+        labelling = _labelling(source, labels, ignore_index, tp_group)
+        batch = Batch.build(labels.shape, source.like, mask=mask, **labelling)
+        return source, batch, token_temperature(batch, temperature)
+
+    options = {"labels": labels, "temperature": temperature, "mask": mask}
+    source, batch, per_token = agree(tp_group, options | {"entropy": return_entropy}, prepare)
+    logps, entropy = source.token_logps(batch.labels, per_token, return_entropy)
     if entropy is None:
         return logps.reshape(batch.shape)
     return logps.reshape(batch.shape), entropy.reshape(batch.shape)
@@ -413,26 +427,32 @@ def linear_token_logps(
 
     Source: DERIVATION.md, Eq. 27 to 29.
     """
-    source = LinearLogits.build(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk_tokens=chunk_tokens,
-        compact=compact,
-        with_entropy=return_entropy,
-        tp_group=tp_group,
-        backend=backend,
-    )
-    return _log_probs(source, hidden, labels, temperature, mask, ignore_index, return_entropy)
+
+    def source() -> LinearLogits:
+        return LinearLogits.build(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            chunk_tokens=chunk_tokens,
+            compact=compact,
+            sharded=tp_group is not None,
+            backend=backend,
+        )
+
+    return _log_probs(source, labels, temperature, mask, ignore_index, return_entropy, tp_group)
 
 
 def _labelling(
-    source: ops.Logits | LinearLogits, labels: Tensor, ignore_index: int
+    source: ops.Logits | LinearLogits,
+    labels: Tensor,
+    ignore_index: int,
+    tp_group: dist.ProcessGroup | None,
 ) -> dict[str, Any]:
-    return {"labels": labels, "vocabulary": source.vocabulary, "ignore_index": ignore_index}
+    vocabulary = source.vocabulary if tp_group is None else UNKNOWN_VOCABULARY
+    return {"labels": labels, "vocabulary": vocabulary, "ignore_index": ignore_index}
 
 
 _GEOMETRY = (
@@ -453,21 +473,9 @@ def _build(
     return batch, Objective.build(batch, **keywords)
 
 
-def _source(
-    logits: Tensor,
-    labels: Tensor,
-    with_entropy: bool,
-    inplace: bool,
-    backend: str,
-    tp_group: dist.ProcessGroup | None,
-) -> ops.Logits:
+def _source(logits: Tensor, labels: Tensor, inplace: bool, backend: str) -> ops.Logits:
     """The logits as (B, T, V); a packed batch is one row of tokens."""
     check_float("logits", logits)
-    check_integer("labels", labels)
-    backend = ops.choose_backend(backend, logits)
-    kind = f"{logits.dtype}, {backend}, entropy {with_entropy}"
-    shapes = {"logits less V": logits.shape[:-1], "labels": labels.shape}
-    shard = VocabularyShard.build(tp_group, labels, shapes, logits.shape[-1:], kind)
     if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
         raise invalid("logits", logits, "shape (B, T, V), or (N, V) packed, with V of at least 1")
     check_labels(labels, logits.shape[:-1], "logits less V")
@@ -475,7 +483,8 @@ def _source(
         raise invalid("logits", f"stride {logits.stride(-1)} over V", "a contiguous vocabulary")
     if inplace:
         _check_inplace(logits)
-    return ops.Logits(logits if logits.dim() == 3 else logits[None], inplace, backend, shard)
+    batch = logits if logits.dim() == 3 else logits.unsqueeze(0)
+    return ops.Logits(batch, inplace, ops.choose_backend(backend, logits))
 
 
 def _check_inplace(logits: Tensor) -> None:

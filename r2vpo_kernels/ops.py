@@ -284,11 +284,11 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def refuse_double_backward() -> None:
+def refuse_double_backward(what: str = "the kernels") -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "r2vpo_kernels: the kernels have no second derivative; create_graph=True needs "
-            "backend='eager'"
+            f"r2vpo_kernels: no second derivative by {what}; create_graph=True needs "
+            "backend='eager' and all of the vocabulary"
         )
 
 
@@ -406,8 +406,19 @@ class Logits:
     shard: VocabularyShard | None = None
 
     @property
-    def vocabulary(self) -> int | Tensor:
-        return self.logits.shape[-1] if self.shard is None else self.shard.whole
+    def vocabulary(self) -> int:
+        """Of the shard, if it is one."""
+        return self.logits.shape[-1]
+
+    @property
+    def like(self) -> Tensor:
+        """What has the dtype and the device of the rest."""
+        return self.logits
+
+    @property
+    def kind(self) -> str:
+        """What has to be alike where shards meet."""
+        return f"{self.logits.dtype}, {self.backend}"
 
     @property
     def takes_one_pass(self) -> bool:
@@ -418,7 +429,9 @@ class Logits:
     ) -> tuple[Tensor, Tensor | None]:
         """Eq. 1 and Eq. 3, differentiable: (logps, entropy or None), each (N,)."""
         if self.backend == "eager":
-            logits = self.logits if self.shard is None else self.shard.gather(self.logits, -1)
+            logits = self.logits
+            if self.shard is not None:
+                logits, labels = self.shard.gather(logits, -1), self.shard.checked(labels)
             return reference.token_logps(logits, labels, temperature, with_entropy)
         logps, entropy = _TokenLogps.apply(
             self.logits, labels, temperature, with_entropy, self.inplace, self.backend, self.shard

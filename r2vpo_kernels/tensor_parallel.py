@@ -8,7 +8,9 @@ loss being the same as everyone's, needs nobody for the gradient of its shard.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,6 +21,12 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from . import ops
 
 LN_2 = math.log(2.0)
+# What labels are not checked against before the shards meet.
+UNKNOWN_VOCABULARY = 2**62
+ALIKE = (
+    "labels",
+    "0 <= label < the vocabulary's size, the same, or masked, on all ranks of tp_group",
+)
 
 
 def _ranks(group: str) -> dist.ProcessGroup:
@@ -28,33 +36,40 @@ def _ranks(group: str) -> dist.ProcessGroup:
 
 @torch.library.custom_op("r2vpo_kernels::shard_layout", mutates_args=())
 def _layout(
-    labels: Tensor, names: str, lengths: list[int], shapes: list[int], kind: str, group: str
-) -> Tensor:
+    anything: Tensor, kind: str, names: str, lengths: list[int], shapes: list[int], error: str,
+    group: str,
+) -> Tensor:  # fmt: skip
     """On the CPU: where this rank's shard begins, the whole vocabulary, the size of each shard.
 
     `shapes` has those of `names` one after another, each as long as `lengths` says, then the size.
-    Ranks that came with anything else than the others would wait for each other for ever in what
-    follows: here all of them raise.
+    What this rank came with, or what it raised, goes to all: where one of them raised or came with
+    something else, all others raise, for they would wait for it for ever in what follows.
     """
     ranks = _ranks(group)
     *rest, size = shapes
-    described = [kind]
-    for name, length in zip(names.split(", "), lengths, strict=True):
+    described = kind.splitlines()
+    for name, length in zip(names.split(), lengths, strict=True):
         described.append(f"{name} {tuple(rest[:length])}")
         rest = rest[length:]
     came: list[Any] = [None] * ranks.size()
-    dist.all_gather_object(came, (", ".join(described), size), group=ranks)
-    expected = came[0][0]
-    for rank, (got, _) in enumerate(came):
-        if got != expected:
-            raise ValueError(f"tp_group: got {got} on rank {rank}, expected {expected} of rank 0")
-    sizes = [size for _, size in came]
+    dist.all_gather_object(came, (error, described, size), group=ranks)
+    if not error:
+        for rank, (theirs, got, _) in enumerate(came):
+            if theirs:
+                raise ValueError(f"tp_group: rank {rank} raised: {theirs}")
+            pairs = zip_longest(got, came[0][1], fillvalue="nothing")
+            for one, other in pairs:
+                if one != other:
+                    raise ValueError(
+                        f"tp_group: got {one} on rank {rank}, expected {other}, that of rank 0"
+                    )
+    sizes = [size for *_, size in came]
     return torch.tensor([sum(sizes[: ranks.rank()]), sum(sizes), *sizes])
 
 
 @_layout.register_fake
-def _(labels, names, lengths, shapes, kind, group):
-    return labels.new_empty(2 + _ranks(group).size(), dtype=torch.int64, device="cpu")
+def _(anything, kind, names, lengths, shapes, error, group):
+    return anything.new_empty(2 + _ranks(group).size(), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("r2vpo_kernels::all_reduce", mutates_args=())
@@ -88,6 +103,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        ops.refuse_double_backward("tp_group")
         return grad.narrow(*ctx.place), None, None, None, None
 
 
@@ -100,30 +116,6 @@ class VocabularyShard:
     whole: Tensor  # 0-dim
     layout: Tensor  # of `_layout`
     group: str
-
-    @staticmethod
-    def build(
-        tp_group: Any, labels: Tensor, shapes: dict[str, torch.Size], size: torch.Size, kind: str
-    ) -> VocabularyShard | None:
-        """None without a group. `shapes` and `kind` must be alike on all ranks; `size` is (V,)."""
-        if tp_group is None:
-            return None
-        if not isinstance(tp_group, dist.ProcessGroup):
-            raise TypeError(
-                f"tp_group: got {type(tp_group).__name__}, expected a "
-                "torch.distributed.ProcessGroup that this process is in, or None"
-            )
-        world, ranks = dist.get_world_size(), tp_group.size()
-        if world % ranks:
-            raise ValueError(f"tp_group: got {ranks} ranks, expected a divisor of all {world}")
-        lengths = [len(shape) for shape in shapes.values()]
-        flat = [n for shape in shapes.values() for n in shape]
-        layout = _layout(
-            labels, ", ".join(shapes), lengths, [*flat, *size], kind, tp_group.group_name
-        )
-        # Pageable memory is staged before the call returns; a blocking copy would wait for a GPU.
-        begin, whole = layout[:2].to(labels.device, non_blocking=True).unbind()
-        return VocabularyShard(size[0], begin, whole, layout, tp_group.group_name)
 
     def _here(self, labels: Tensor) -> Tensor:
         return (labels >= self.begin) & (labels < self.begin + self.size)
@@ -163,14 +155,19 @@ class VocabularyShard:
         logps = torch.where(scored, (at_label - log_total) * LN_2, 0.0).float()
         if entropy.numel():
             entropy = torch.where(scored, (log_total - mean[0] / total) * LN_2, 0.0).float()
-        alike = torch.where(scored, (owners == 1) & (readers == self.ranks), readers == 0)
-        expected = "one that is the same, or masked, on all ranks of tp_group"
-        logps = ops.check(logps, alike, labels, "labels", expected)
+        logps = ops.check(logps, self._alike(labels, owners, readers), labels, *ALIKE)
         return logps, whole_top, log_total.float(), entropy
 
-    @property
-    def ranks(self) -> int:
-        return self.layout.shape[0] - 2
+    def _alike(self, labels: Tensor, owners: Tensor, readers: Tensor) -> Tensor:
+        """Where one rank has the label and all score the token, or none does."""
+        ranks = self.layout.shape[0] - 2
+        return torch.where(labels >= 0, (owners == 1) & (readers == ranks), readers == 0)
+
+    def checked(self, labels: Tensor) -> Tensor:
+        """`labels`, out of the vocabulary where they are not alike on all ranks."""
+        rows = torch.stack([self._here(labels), labels >= 0]).double()
+        alike = self._alike(labels, *_all_reduce(rows, "SUM", self.group).unbind())
+        return torch.where(alike, ops.check(labels, alike, labels, *ALIKE), self.whole)
 
     def gather(self, shard: Tensor, dim: int) -> Tensor:
         """The whole of what is sharded along `dim`, differentiable in this rank's shard."""
@@ -181,3 +178,47 @@ class VocabularyShard:
         """The sum over ranks, in float32 at least."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return _all_reduce(wide, "SUM", self.group).to(x.dtype)
+
+
+def agree(
+    tp_group: Any, options: dict[str, Any], prepare: Callable[[], tuple[Any, ...]]
+) -> tuple[Any, ...]:
+    """What `prepare` returns, a source of logits first: with a group, that of a shard.
+
+    Every rank of the group comes here. What `prepare` raises on one of them, and a difference in
+    `options` (of tensors: dtype and shape), is an error on all.
+    """
+    if tp_group is None:
+        return prepare()
+    if not isinstance(tp_group, dist.ProcessGroup):
+        raise TypeError(
+            f"tp_group: got {type(tp_group).__name__}, expected a torch.distributed.ProcessGroup "
+            "that this process is in, or None"
+        )
+    world, ranks, group = dist.get_world_size(), tp_group.size(), tp_group.group_name
+    if world % ranks:
+        raise ValueError(f"tp_group: got {ranks} ranks, expected a divisor of all {world}")
+    anything = torch.empty(0)
+    try:
+        source, *made = prepare()
+    except (TypeError, ValueError) as error:
+        _layout(anything, "", "", [], [0], str(error), group)
+        raise
+    kind = [source.kind]
+    shapes: dict[str, torch.Size] = {}
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            kind.append(f"{name} {value.dtype}")
+            shapes[name] = value.shape
+        elif not (isinstance(value, float) and torch.compiler.is_compiling()):
+            # A number that a compilation must not depend on is not compared there.
+            kind.append(f"{name} {value}")
+    lengths = [len(shape) for shape in shapes.values()]
+    flat = [n for shape in shapes.values() for n in shape]
+    layout = _layout(
+        anything, "\n".join(kind), " ".join(shapes), lengths, [*flat, source.vocabulary], "", group
+    )
+    # Pageable memory is staged before the call returns; a blocking copy would wait for a GPU.
+    begin, whole = layout[:2].to(source.like.device, non_blocking=True).unbind()
+    shard = VocabularyShard(source.vocabulary, begin, whole, layout, group)
+    return replace(source, shard=shard), *made

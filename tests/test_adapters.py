@@ -224,7 +224,14 @@ def slime_module(args_seen):
             result["entropy"].append(-(rows.exp() * rows).sum(-1))
         return torch.empty(0), result
 
+    def compute_approx_kl(log_probs, log_probs_base, kl_loss_type, importance_ratio=None):
+        assert importance_ratio is None
+        r = log_probs - log_probs_base
+        kl = {"k1": r, "k2": r**2 / 2}.get(kl_loss_type, (-r).exp() - 1 + r)
+        return kl.clamp(-10, 10) if kl_loss_type == "low_var_kl" else kl
+
     return {
+        "compute_approx_kl": compute_approx_kl,
         "get_log_probs_and_entropy": get_log_probs_and_entropy,
         "get_rollout_top_p_logprob_kwargs": lambda args, batch: {},
     }
@@ -268,7 +275,7 @@ def slime_case(stand_in, cp_slice=lambda x, total, response: x):
     args = Namespace(
         rollout_temperature=0.7, use_rollout_logprobs=False, entropy_coef=0.0, use_kl_loss=False,
         kl_loss_coef=0.05, kl_loss_type="k1", use_tis=False, use_opsm=False, use_unbiased_kl=False,
-        get_mismatch_metrics=False, r2vpo_variance_coef=1.5,
+        get_mismatch_metrics=False, r2vpo_variance_coef=1.5, advantage_estimator="grpo",
     )  # fmt: skip
     # One rollout made the first two samples: they share a denominator.
     denominators = [torch.tensor(5), torch.tensor(5), torch.tensor(2)]
@@ -288,6 +295,7 @@ def test_slime(stand_in, level, kl):
     args.entropy_coef = 0.02
     args.use_rollout_logprobs = level == "sequence"
     old = batch["rollout_log_probs" if level == "sequence" else "log_probs"]
+    batch["ref_log_probs"][1][2] = 1.5  # where k3 is above 10
     loss, logged = adapter.r2vpo_loss_function(args, batch, logits, reducer)
     expected = 0.0
     for i, m in enumerate(batch["loss_masks"]):
@@ -299,7 +307,8 @@ def test_slime(stand_in, level, kl):
         if kl:
             r = torch.where(m, logps, 0.0) - torch.where(m, batch["ref_log_probs"][i], 0.0)
             three = (-r).exp() - 1 + r
-            terms = terms + 0.05 * {"k1": r, "k2": r**2 / 2}.get(kl, three)
+            each = {"k1": r, "k2": r**2 / 2, "k3": three, "low_var_kl": three.clamp(-10, 10)}
+            terms = terms + 0.05 * each[kl]
         expected = expected + terms.sum() / denominators[i]
     (gradient,) = torch.autograd.grad(loss, logits)
     (truth,) = torch.autograd.grad(expected, logits)
@@ -362,9 +371,14 @@ def test_slime_bad_input(stand_in):
     error("log_probs: got None", batch=batch | {"log_probs": None})
     dropped = {k: v for k, v in batch.items() if k != "rollout_log_probs"}
     error("rollout_log_probs: got None", batch=dropped, use_rollout_logprobs=True)
-    error("ref_logps: got None", batch=batch | {"ref_log_probs": []}, use_kl_loss=True)
+    error("ref_log_probs: got None", batch=batch | {"ref_log_probs": []}, use_kl_loss=True)
     error("center: got 'group'", r2vpo_center="group")
-    for option in ("use_tis", "use_opsm", "use_unbiased_kl", "get_mismatch_metrics"):
+    for estimator in ("gspo", "cispo"):
+        error(f"advantage_estimator: got {estimator}", advantage_estimator=estimator)
+    for option in (
+        "use_tis", "use_opsm", "use_unbiased_kl", "get_mismatch_metrics",
+        "custom_pg_loss_reducer_function_path",
+    ):  # fmt: skip
         error(f"{option}: got True, expected it unset", **{option: True})
 
 

@@ -117,40 +117,62 @@ def check_cost(rank):
 
 
 def check_errors(rank):
-    """What ranks disagree on raises on all of them, and none waits for another."""
+    """What one rank raises, and what ranks disagree on, raises on all: none waits for another."""
     group, words = dist.group.WORLD, words_of(rank, 2, 10)
     logits, labels, old_logps, advantages = batch()
     logits = logits[..., words]
     hidden, weight = torch.randn(2, 3, 4), torch.randn(words.stop - words.start, 4)
     short = slice(0, 3 - rank)
 
-    def loss(logits=logits, labels=labels, old_logps=old_logps, **keywords):
-        r2vpo_loss(logits, labels, old_logps, advantages, tp_group=group, **keywords)
+    def loss(logits=logits, labels=labels, old=old_logps, advantages=advantages, **keywords):
+        r2vpo_loss(logits, labels, old, advantages, tp_group=group, **keywords)
 
-    def linear(hidden=hidden, weight=weight, labels=labels):
-        linear_token_logps(hidden, weight, labels, tp_group=group)
+    def linear(hidden=hidden, weight=weight, labels=labels, **keywords):
+        linear_token_logps(hidden, weight, labels, tp_group=group, **keywords)
 
-    other = labels.clone()
+    other, hole, outside = labels.clone(), labels.clone(), labels.clone()
     other[1, 2] = (0, 9)[rank]  # a word of the other shard
-    hole = labels.clone()
     hole[1, 2] = -100 if rank else 0
-    for raises, message in (
+    outside[0, 1] = 10 if rank else 3
+    alike = "labels: got .* at [0-5], expected .* the same, or masked, on all ranks"
+    for call, message in (
+        # Each has what fits together, but not the same.
         (lambda: loss(logits[:, short], labels[:, short], old_logps[:, short]),
-         r"logits less V \(2, 2\).* on rank 1, expected .*\(2, 3\).* of rank 0"),
-        (lambda: loss(labels=labels[:, short]), r"labels \(2, 2\) on rank 1, expected"),
-        (lambda: loss(logits[0] if rank else logits), r"logits less V \(3,\)"),
+         r"got \w+ \(2, 2\) on rank 1, expected \w+ \(2, 3\), that of rank 0"),
         (lambda: loss(logits.double() if rank else logits), "torch.float64"),
-        (lambda: loss(return_entropy=rank == 0), "entropy False"),
+        (lambda: loss(return_entropy=rank == 0), "entropy False on rank 1, expected entropy True"),
         (lambda: loss(backend="eager" if rank else "cpp"), "eager"),
-        (lambda: linear(hidden[:, short]), r"hidden \(2, 2, 4\)"),
-        (lambda: linear(weight=weight[:, : 4 - rank]), r"weight less V \(3,\)"),
-        (lambda: linear(hidden.clone().requires_grad_(rank == 0)), "grad False"),
-        (lambda: loss(labels=other), "labels: got .* the same, or masked, on all ranks"),
-        (lambda: loss(labels=hole), "labels: got .* the same, or masked, on all ranks"),
-        (lambda: loss(labels=labels + 10), "labels: got .* 0 <= label < the vocabulary's size"),
+        (lambda: loss(temperature=1.0 + rank), "temperature 2.0"),
+        (lambda: loss(variance_coef=1.0 + rank), "variance_coef 2.0"),
+        (lambda: loss(old=None if rank else old_logps), "old_logps"),
+        (lambda: loss(center="group" if rank else "one"), "center group"),
+        (lambda: loss(mask=torch.ones(2, 3) if rank else None), "mask"),
+        (lambda: linear(softcap=3.0 + rank), "softcap 4.0"),
+        (lambda: linear(bias=weight[:, 0] if rank else None), "bias True"),
+        (lambda: linear(hidden.clone().requires_grad_(rank == 0)), "gradient of hidden False"),
+        # Rank 1 has what does not fit.
+        (lambda: loss(labels=labels[:, short]), r"labels: .*\(2, 2\)"),
+        (lambda: loss(old=old_logps[:, short]), r"old_logps: .*\(2, 2\)"),
+        (lambda: loss(advantages=advantages[: 2 - rank]), "advantages: "),
+        (lambda: loss(labels=labels.double() if rank else labels), "labels: .*float64"),
+        (lambda: loss(logits[0] if rank else logits), r"labels: .*\(3,\)"),
+        (lambda: loss(reduction="mean" if rank else "none"), "reduction: "),
+        (lambda: loss(variance_coef=-float(rank)), "variance_coef: "),
+        (lambda: loss(temperature=torch.tensor(1.0 - rank)), "temperature: got 0.0"),
+        (lambda: loss(backend="tpu" if rank else "cpp"), "backend: "),
+        (lambda: loss(inplace=rank == 1, logits=logits.clone().requires_grad_()), "inplace: "),
+        (lambda: linear(weight=weight[:, : 4 - rank]), "weight: "),
+        (lambda: linear(weight=weight.half() if rank else weight), "weight: .*float16"),
+        (lambda: linear(chunk_tokens=1 - rank), "chunk_tokens: "),
+        # Only together can they know.
+        *(
+            (lambda labels=wrong, backend=backend: loss(labels=labels, backend=backend), alike)
+            for wrong in (other, hole, outside, labels + 10)
+            for backend in ("cpp", "eager")
+        ),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            raises()
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     with pytest.raises(TypeError, match="tp_group: got DeviceMesh, expected"):
         r2vpo_loss(logits, labels, old_logps, advantages, tp_group=mesh)
@@ -161,6 +183,11 @@ def check_errors(rank):
     if rank == 1:
         with pytest.raises(TypeError, match="tp_group: got int, expected"):
             r2vpo_loss(logits, labels, old_logps, advantages, tp_group=alone)
+    leaf = logits.clone().requires_grad_()
+    for backend in ("cpp", "eager"):
+        logps = token_logps(leaf, labels, tp_group=group, backend=backend)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(logps.sum(), leaf, create_graph=True)
 
 
 def check_on_two(rank):
@@ -204,7 +231,7 @@ def check_compiled(rank):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     ops = torch.ops.r2vpo_kernels
     torch.library.opcheck(ops.all_reduce, (logits.detach(), "SUM", group.group_name))
-    described = "labels", [2], [2, 3, 10], "kind", group.group_name
+    described = "kind", "labels", [2], [2, 3, 10], "", group.group_name
     torch.library.opcheck(ops.shard_layout, (labels, *described))
 
 

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
@@ -760,6 +761,8 @@ def test_ranks_are_one_batch(tmp_path):
             "variance_coef: got 1.0, expected 2.5: variance_coef_mode 'fenchel' does not read it",
         ),
         ({"variance_coef_lr": 1.0}, "variance_coef_lr: got 1.0, expected 3.0"),
+        ({"sapo_temperature_pos": 3.0}, "sapo_temperature_pos: got 3.0, expected 1.0"),
+        ({"entropy_coef_max": 9.0}, "entropy_coef_max: got 9.0"),
         (
             {"use_linear_loss": True, "cast_lm_head_to_fp32": True},
             "cast_lm_head_to_fp32: got True, expected False",
@@ -842,6 +845,11 @@ def test_heads_that_the_linear_loss_refuses(tmp_path):
     )
     with pytest.raises(ValueError, match=r"use_linear_loss: got True, expected False where .*peft"):
         new_trainer(tmp_path, model=wrapped, use_linear_loss=True)
+    # A transform between hidden states and head.
+    bert = BertConfig(**SIZES, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      intermediate_size=16, is_decoder=True)  # fmt: skip
+    with pytest.raises(ValueError, match="BertLMHeadModel: its logits are not those"):
+        new_trainer(tmp_path, model=new_model(bert), use_linear_loss=True)
     experts = MixtralConfig(**LLAMA, num_local_experts=2, output_router_logits=True)
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.0: it leaves out the auxiliary"):
         new_trainer(tmp_path, model=new_model(experts), use_linear_loss=True)

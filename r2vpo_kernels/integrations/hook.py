@@ -44,7 +44,7 @@ def refuse(config: Any, *options: str) -> None:
 
 def required(name: str, value: Tensor | None, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
-        expected = f"the log-probs at sampling, a tensor of shape {tuple(like.shape)}"
+        expected = f"log-probs, a tensor of shape {tuple(like.shape)}"
         raise invalid(name, value, expected)
     return value
 

@@ -6,8 +6,9 @@
 after setup(...), and in the YAML, beside the keys of loss_fn: variance_coef: 2.5, log_ratio_clamp:
 20. The clip ranges are not read. The surrogate, its importance weights, KL and the metrics that
 the trainer insists on are NeMo-RL's; sequence_level_importance_ratios and token_level_loss hold
-for the penalty too. No group ids and no sign of an optimizer step come: no centre "group", λ is a
-number.
+for the penalty too. What its corrections drop from the surrogate keeps its penalty, and
+log_ratio_clamp bounds the penalty alone. No group ids and no sign of an optimizer step come: no
+centre "group", λ is a number.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
     --custom-loss-function-path r2vpo_kernels.integrations.slime.r2vpo_loss_function
 
 It stands in for slime's policy loss, and --entropy-coef, --use-kl-loss, --kl-loss-coef,
---kl-loss-type and --use-rollout-logprobs mean what they do there; other corrections are refused.
-Log-probs are slime's own, under tensor and context parallelism (which has no "sequence" ratio),
-and so is the sum over tokens. No group ids and no sign of an optimizer step come: no centre
-"group", λ is a number.
+--kl-loss-type and --use-rollout-logprobs mean what they do there; other corrections, a reducer of
+your own, and the estimators "gspo" and "cispo" are refused (r2vpo_ratio_level: sequence is gspo's
+ratio). Log-probs are slime's own, under tensor and context parallelism (which has no "sequence"
+ratio), and so is the sum over tokens. No group ids and no sign of an optimizer step come: no
+centre "group", λ is a number.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ def r2vpo_loss_function(
     sum_of_sample_mean: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """logits (1, T, V) float32; the batch holds lists of one tensor (response length,) a sample."""
-    refuse(args, "use_tis", "use_opsm", "use_unbiased_kl", "get_mismatch_metrics")
+    refuse(
+        args, "use_tis", "use_opsm", "use_unbiased_kl", "get_mismatch_metrics",
+        "custom_pg_loss_reducer_function_path",
+    )  # fmt: skip
+    if args.advantage_estimator in ("gspo", "cispo"):
+        raise invalid("advantage_estimator", args.advantage_estimator, "one without its own loss")
     names = ("unconcat_tokens", "total_lengths", "response_lengths")
     _, totals, lengths = (batch[name] for name in names)
     samples = {name: batch[name] for name in names}
@@ -48,9 +54,6 @@ def r2vpo_loss_function(
     keywords = settings(args, prefix="r2vpo_") | {
         "entropy": torch.cat(scored["entropy"]),
         "entropy_coef": args.entropy_coef,
-        "ref_logps": packed("ref_log_probs"),
-        "kl_coef": args.kl_loss_coef if args.use_kl_loss else 0.0,
-        "kl_estimator": args.kl_loss_type.replace("low_var_kl", "k3"),
     }
     logps = torch.cat(scored["log_probs"])
     if keywords.get("ratio_level") == "sequence":
@@ -61,8 +64,14 @@ def r2vpo_loss_function(
     name = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
     old, advantages = required(name, packed(name), logps), torch.cat(batch["advantages"])
     out = token_losses(logps, old, advantages, mask, name, **keywords)
+    terms = out.loss
+    if args.use_kl_loss:
+        ref = required("ref_log_probs", packed("ref_log_probs"), logps)
+        both = (torch.where(mask != 0, x, 0.0) for x in (logps, ref))
+        kl = loss.compute_approx_kl(*both, kl_loss_type=args.kl_loss_type)
+        terms = terms + args.kl_loss_coef * kl
     # Without a token of its own a rank still takes part in the others' backward.
-    total = sum_of_sample_mean(out.loss) + (0 * logits.sum() if logps.numel() == 0 else 0)
+    total = sum_of_sample_mean(terms) + (0 * logits.sum() if logps.numel() == 0 else 0)
     ratio = torch.where(mask != 0, out.logps - old, 0.0).clamp(max=20.0).exp()
     logged = {"ratio": sum_of_sample_mean(ratio), "ratio_d2": sum_of_sample_mean((ratio - 1) ** 2)}
     return total, {"loss": total.detach().clone()} | logged

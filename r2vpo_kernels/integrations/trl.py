@@ -17,7 +17,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .. import (
     linear_r2vpo_loss,
     linear_token_logps,
     r2vpo_loss_from_logps,
+    token_logps,
 )
 from ..batch import check_choice, check_number, invalid
 from ..objective import CENTERS, RATIO_LEVELS
@@ -69,8 +70,22 @@ _WITHOUT_MEANING = {
     "off_policy_mask_threshold": "no sequence is left out for its divergence",
     "top_entropy_quantile": "no token is left out for its entropy",
     "use_bias_correction_kl": "the KL term is not multiplied by the ratio",
-    "use_adaptive_entropy": "entropy_coef stays what it is",
     "use_liger_kernel": "the loss is not Liger's",
+}
+_WITHOUT_MEANING |= dict.fromkeys(
+    (
+        "use_adaptive_entropy",
+        "entropy_target",
+        "entropy_coef_min",
+        "entropy_coef_max",
+        "entropy_coef_delta",
+    ),
+    "entropy_coef stays what it is",
+)
+_WITHOUT_MEANING |= {
+    f.name: "loss_type is neither 'sapo' nor 'vespo'"
+    for f in fields(GRPOConfig)
+    if f.name.startswith(("sapo_", "vespo_"))
 }
 
 
@@ -209,8 +224,9 @@ class R2VPOTrainer(GRPOTrainer):
 
     In the log, beside TRL's own metrics: r2vpo/variance_coef, r2vpo/ratio/mean, /var, /min, /max,
     /ess, /clamped, r2vpo/kl/old, r2vpo/loss/policy, r2vpo/loss/penalty (`R2VPOOutput.metrics`), and
-    TRL's kl and entropy. Each is of one micro-batch over all ranks; as TRL does, what is logged is
-    the mean over micro-batches, also of minima and maxima.
+    TRL's kl and entropy; not its clip_ratio/*, policy_loss and entropy_coef. Each is of one
+    micro-batch over all ranks; as TRL does, what is logged is the mean over micro-batches, also of
+    minima and maxima.
 
     Args: those of GRPOTrainer, with `args` an R2VPOConfig.
 
@@ -624,3 +640,29 @@ def _add_linear_head(model: PreTrainedModel, temperature: float) -> None:
         return FusedCausalLMOutput(log_probs=logps, entropy=entropy)
 
     model.forward = types.MethodType(forward, model)
+    _compare_with_logits(model, temperature)
+
+
+@torch.no_grad()
+def _compare_with_logits(model: PreTrainedModel, temperature: float) -> None:
+    """Raise if the model makes more of its hidden states than head, scale and softcap do."""
+    if any(x.is_meta for x in model.parameters()):
+        return  # FSDP2 has yet to load them, and its first rank compares
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    tokens = torch.arange(8, device=model.device)[None] % vocabulary
+    training = model.training
+    model.eval()
+    logits = model(input_ids=tokens).logits[:, :-1]
+    expected = token_logps(logits, tokens[:, 1:], temperature=temperature)
+    found = model(input_ids=tokens, labels=tokens, fused_lm_head=True)["log_probs"]
+    model.train(training)
+    # Logits of size z, rounded on two ways of a few steps each, and differences of two of them.
+    bound = 8 * torch.finfo(logits.dtype).eps * (1 + logits.float().abs().max()) / temperature
+    error = (found - expected).abs().max().item()
+    if not error <= bound:
+        raise invalid(
+            "use_linear_loss",
+            True,
+            f"False for a {type(model).__name__}: its logits are not those of hidden states and "
+            f"head alone (log-probs differ by {error:.2g})",
+        )
