@@ -130,6 +130,10 @@ def check_errors(rank):
     def linear(hidden=hidden, weight=weight, labels=labels, **keywords):
         linear_token_logps(hidden, weight, labels, tp_group=group, **keywords)
 
+    def linear_with_grad_on_rank_0():
+        with torch.set_grad_enabled(rank == 0):
+            linear(hidden.clone().requires_grad_())
+
     other, hole, outside = labels.clone(), labels.clone(), labels.clone()
     other[1, 2] = (0, 9)[rank]  # a word of the other shard
     hole[1, 2] = -100 if rank else 0
@@ -150,6 +154,7 @@ def check_errors(rank):
         (lambda: linear(softcap=3.0 + rank), "softcap 4.0"),
         (lambda: linear(bias=weight[:, 0] if rank else None), "bias True"),
         (lambda: linear(hidden.clone().requires_grad_(rank == 0)), "gradient of hidden False"),
+        (linear_with_grad_on_rank_0, "gradient of hidden False"),
         # Rank 1 has what does not fit.
         (lambda: loss(labels=labels[:, short]), r"labels: .*\(2, 2\)"),
         (lambda: loss(old=old_logps[:, short]), r"old_logps: .*\(2, 2\)"),
