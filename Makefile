@@ -3,10 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: test demo bench bench-linear gpu sanitize lint clean
+.PHONY: test test-triton test-others demo bench bench-linear gpu sanitize lint clean
 
+# On two cores: what Triton's interpreter runs, and everything else.
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-triton test-others
+
+test-triton: $(VENV)/ready
+	$(RUN) -m pytest -k triton
+
+test-others: $(VENV)/ready
+	$(RUN) -m pytest -k "not triton"
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_tiny.py
