@@ -7,7 +7,8 @@ RUN = $(VENV)/bin/python
 
 # On two cores: what Triton's interpreter runs, and everything else.
 test: $(VENV)/ready
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-triton test-others
+	@echo "two halves, each shown when it is done: some ten minutes"
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others
 
 test-triton: $(VENV)/ready
 	$(RUN) -m pytest -k triton
