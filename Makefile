@@ -5,16 +5,17 @@ RUN = $(VENV)/bin/python
 
 .PHONY: test test-triton test-others demo bench bench-linear gpu sanitize lint clean
 
-# On two cores: what Triton's interpreter runs, and everything else.
+# On two cores, without threads that wait for each other's: what Triton's interpreter runs, and
+# everything else.
 test: $(VENV)/ready
 	@echo "two halves, each shown when it is done: some ten minutes"
 	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others
 
 test-triton: $(VENV)/ready
-	$(RUN) -m pytest -k triton
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -k triton
 
 test-others: $(VENV)/ready
-	$(RUN) -m pytest -k "not triton"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -k "not triton"
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_tiny.py
