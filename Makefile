@@ -6,16 +6,17 @@ RUN = $(VENV)/bin/python
 .PHONY: test test-triton test-others demo bench bench-linear gpu sanitize lint clean
 
 # On two cores, without threads that wait for each other's: what Triton's interpreter runs, and
-# everything else.
+# everything else. MAKEFLAGS would tell a build within a test of job slots that it cannot have.
+HALF = MAKEFLAGS= OMP_NUM_THREADS=1 $(RUN) -m pytest
 test: $(VENV)/ready
-	@echo "two halves, each shown when it is done: some ten minutes"
+	@echo "two halves, each shown when it is done: a quarter of an hour"
 	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others
 
 test-triton: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -k triton
+	$(HALF) -k triton
 
 test-others: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -k "not triton"
+	$(HALF) -k "not triton"
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_tiny.py
