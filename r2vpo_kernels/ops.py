@@ -284,11 +284,10 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def refuse_double_backward(what: str = "the kernels") -> None:
+def refuse_double_backward(what: str = "the kernels have", needed: str = "backend='eager'") -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"r2vpo_kernels: no second derivative by {what}; create_graph=True needs "
-            "backend='eager' and all of the vocabulary"
+            f"r2vpo_kernels: {what} no second derivative; create_graph=True needs {needed}"
         )
 
 

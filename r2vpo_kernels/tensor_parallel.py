@@ -103,7 +103,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ops.refuse_double_backward("tp_group")
+        ops.refuse_double_backward("shards have", "all of the vocabulary")
         return grad.narrow(*ctx.place), None, None, None, None
 
 
@@ -198,7 +198,7 @@ def agree(
     world, ranks, group = dist.get_world_size(), tp_group.size(), tp_group.group_name
     if world % ranks:
         raise ValueError(f"tp_group: got {ranks} ranks, expected a divisor of all {world}")
-    anything = torch.empty(0)
+    anything = torch.empty(0)  # an op is found by its tensors
     try:
         source, *made = prepare()
     except (TypeError, ValueError) as error:
