@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: test test-triton test-others demo bench bench-linear gpu sanitize lint clean
+.PHONY: test test-triton test-others demo study bench bench-linear gpu sanitize lint clean
 
 # On two cores, without threads that wait for each other's: what Triton's interpreter runs, and
 # everything else. MAKEFLAGS would tell a build within a test of job slots that it cannot have.
@@ -20,6 +20,11 @@ test-others: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_tiny.py
+
+# The short form; examples/STUDY.md has the command and the cost of the full one.
+study: $(VENV)/ready
+	$(RUN) examples/study_staleness.py
+	$(RUN) examples/study_report.py
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/loss.py
@@ -56,4 +61,4 @@ $(VENV)/ready: $(wildcard requirements-*.txt) pyproject.toml setup.py $(wildcard
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build benchmarks/out
+	rm -rf $(VENV) demo study build benchmarks/out

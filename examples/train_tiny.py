@@ -22,6 +22,7 @@ import csv
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -58,12 +59,14 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, width), and keys and values of the tokens before; also returns all of those."""
+        q, *kv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = torch.stack(kv) if past is None else torch.cat([past, torch.stack(kv)], dim=3)
+        # What comes one by one may look at all that there is.
+        attended = F.scaled_dot_product_attention(q, *seen, is_causal=past is None)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x)), seen
 
 
 class TinyTransformer(nn.Module):
@@ -73,12 +76,23 @@ class TinyTransformer(nn.Module):
         super().__init__()
         self.token = nn.Embedding(VOCABULARY, width)
         self.position = nn.Embedding(LENGTH, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, VOCABULARY))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        return self.head(self.blocks(x))
+        return self.extend(tokens, [None] * len(self.blocks))[0]
+
+    def extend(
+        self, tokens: Tensor, past: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Logits of tokens that follow those of `past`, and what to give as `past` next."""
+        start = 0 if past[0] is None else past[0].shape[3]
+        x = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
+        seen = []
+        for block, before in zip(self.blocks, past, strict=True):
+            x, all_of_it = block(x, before)
+            seen.append(all_of_it)
+        return self.head(x), seen
 
 
 def make_prompts(count: int, generator: torch.Generator) -> Tensor:
@@ -106,11 +120,13 @@ def completion_labels(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def complete(model: nn.Module, prompts: Tensor, generator: torch.Generator | None) -> Tensor:
+def complete(model: TinyTransformer, prompts: Tensor, generator: torch.Generator | None) -> Tensor:
     """Prompts with their completions: sampled, or greedy without a generator."""
-    tokens = prompts
+    tokens = chosen = prompts
+    past: Sequence[Tensor | None] = [None] * len(model.blocks)
     while tokens.shape[1] < LENGTH:
-        logits = model(tokens)[:, -1]
+        logits, past = model.extend(chosen, past)
+        logits = logits[:, -1]
         if generator is None:
             chosen = logits.argmax(-1, keepdim=True)
         else:
@@ -119,19 +135,24 @@ def complete(model: nn.Module, prompts: Tensor, generator: torch.Generator | Non
     return tokens
 
 
-def greedy_success(model: nn.Module, prompts: Tensor) -> float:
+def greedy_success(model: TinyTransformer, prompts: Tensor) -> float:
     return right_digits(complete(model, prompts, None)).all(1).float().mean().item()
 
 
-def warm_up(model: nn.Module, until: float, generator: torch.Generator) -> int:
-    """Cross-entropy on right answers until greedy success on fresh prompts is `until`; the steps.
+def warm_up(
+    model: TinyTransformer,
+    until: float,
+    generator: torch.Generator,
+    teach: Callable[[Tensor], Tensor] = answers,
+) -> int:
+    """Cross-entropy on what `teach` answers until greedy success on fresh prompts is `until`.
 
-    After a fixed number of steps some seeds would be near 0 and others near 1.
+    Returns the steps. After a fixed number some seeds would be near 0 and others near 1.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for step in range(1, 1001):
         prompts = make_prompts(256, generator)
-        tokens = torch.cat([prompts, answers(prompts)], dim=1)
+        tokens = torch.cat([prompts, teach(prompts)], dim=1)
         logits, labels = model(tokens), completion_labels(tokens)
         optimizer.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE).backward()
@@ -150,14 +171,19 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def ppo_clip(
-    logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    low: float = CLIP,
+    high: float = CLIP,
 ) -> tuple[Tensor, R2VPOOutput]:
     """PPO's clipped loss in plain torch, and R²VPO's statistics of the same ratio."""
     mask = labels != IGNORE
     logps, entropy = token_logps(logits, labels, return_entropy=True)
     ratio = (logps - old_logps).exp()
     gain = advantages[:, None] * ratio
-    clipped = advantages[:, None] * ratio.clamp(1 - CLIP, 1 + CLIP)
+    clipped = advantages[:, None] * ratio.clamp(1 - low, 1 + high)
     loss = -(torch.minimum(gain, clipped) * mask).sum() / mask.sum()
     measured = r2vpo_loss_from_logps(
         logps.detach(), old_logps, advantages, mask=mask, entropy=entropy.detach()
@@ -218,7 +244,8 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
             "seconds": time.perf_counter() - start,
         }
         rows.append(row)
-        show_progress(f"{args.loss} seed {seed}", args.steps, row)
+        text = f"success {row['success']:.2f} v {row['ratio_var']:.4f}"
+        show_progress(f"{args.loss} seed {seed}", step, args.steps, text)
 
     after = greedy_success(model, held_out)
     print(
@@ -229,10 +256,9 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
     return rows
 
 
-def show_progress(name: str, steps: int, row: Row) -> None:
+def show_progress(name: str, step: int, steps: int, text: str) -> None:
     """A bar on a terminal; elsewhere, as in a log, ten lines in all."""
-    step = int(row["step"])
-    text = f"{name}: {step}/{steps} success {row['success']:.2f} v {row['ratio_var']:.4f}"
+    text = f"{name}: {step}/{steps} {text}"
     if sys.stderr.isatty():
         bar = f"[{'#' * (20 * step // steps):.<20}]"
         sys.stderr.write(f"\r{bar} {text}" + "\n" * (step == steps))
@@ -281,7 +307,7 @@ def main() -> None:
     add("--warm-up", type=float, default=0.3, help="success to start from (default: %(default)s)")
     add("--lr", type=float, default=3e-4, help="Adam's, in RL (default: %(default)s)")
     add("--target", type=float, default=0.01, help="the v to hold (default: %(default)s)")
-    add("--dual-lr", type=float, default=3.0, help="the step of λ (default: %(default)s)")
+    add("--dual-lr", type=float, default=0.1, help="the step of log λ (default: %(default)s)")
     add("--out", type=Path, default=Path("demo"), help="folder to write (default: %(default)s)")
     add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args()

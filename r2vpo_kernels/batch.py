@@ -42,6 +42,12 @@ def check_number(name: str, value: Any, low: float = -torch.inf, high: float = t
         raise invalid(name, value, f"a finite number from {low} to {high}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    check_number(name, value)
+    if value <= 0:
+        raise invalid(name, value, "a number above 0")
+
+
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
     # A 0-dim tensor on the CPU is to torch what a number is.
     if value.device != device and not (value.dim() == 0 and value.device.type == "cpu"):

@@ -7,26 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch, check_choice, check_device, check_number, invalid
+from .batch import Batch, check_choice, check_device, check_number, check_positive, invalid
 from .objective import CENTERS, RatioStats
 
 
 class VarianceConstraint:
-    """Dual ascent on the constraint v ≤ target (Eq. 16):
+    """Dual ascent on the constraint v ≤ target, in log λ (Eq. 16):
 
-        coef = (coef + lr * (v - target)).clamp(min_coef, max_coef)
+        coef = (coef * exp(lr * min(v / target - 1, 1))).clamp(min_coef, max_coef)
 
     with v the ratio's second moment about one for center "one", its variance within groups for
     center "group", pooled over the groups by weight.
 
     Args:
-        target: the ratio variance to hold, at least 0 (no unit).
+        target: the ratio variance to hold, above 0 (no unit).
         center: "one" or "group", as given to the loss.
         coef: where λ starts.
-        lr: the step η_λ, at least 0. λ falls by lr·target per step at the most and rises by
-            lr·(v - target), so a heavy tail of v shakes it more than it drains. The default is that
-            of examples/train_tiny.py, where 10 overshot.
-        min_coef, max_coef: the bounds of λ.
+        lr: the step η_λ, at least 0: λ moves by a factor between exp(-lr) and exp(lr), whatever its
+            scale, the target's, and the tail of v.
+        min_coef, max_coef: the bounds of λ, above 0, for from 0 no factor leads back.
         device: where λ lives; `step` takes it to the statistics' device if that is another.
 
     `coef` is a 0-dim float32 tensor, changed in place: pass it as `variance_coef`. A loss keeps the
@@ -44,15 +43,15 @@ class VarianceConstraint:
         *,
         center: str = "one",
         coef: float = 2.5,
-        lr: float = 3.0,
-        min_coef: float = 0.0,
+        lr: float = 0.1,
+        min_coef: float = 1e-3,
         max_coef: float = 100.0,
         device: torch.device | str | None = None,
     ) -> None:
         check_choice("center", center, CENTERS)
-        check_number("target", target, 0.0)
+        check_positive("target", target)
         check_number("lr", lr, 0.0)
-        check_number("min_coef", min_coef, 0.0)
+        check_positive("min_coef", min_coef)
         check_number("max_coef", max_coef, min_coef)
         check_number("coef", coef, min_coef, max_coef)
         self.target, self.center, self.lr = target, center, lr
@@ -70,7 +69,8 @@ class VarianceConstraint:
         v = stats.second_moment if self.center == "one" else stats.variance
         total = stats.weight.sum()
         pooled = (stats.weight * v).sum() / total
-        moved = (self.coef + self.lr * (pooled - self.target)).clamp(self.min_coef, self.max_coef)
+        excess = (pooled / self.target - 1.0).clamp(max=1.0)
+        moved = (self.coef * (self.lr * excess).exp()).clamp(self.min_coef, self.max_coef)
         self.coef.copy_(torch.where(torch.isfinite(pooled), moved, self.coef))
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,9 +115,7 @@ def fenchel_coef(
     Source: DERIVATION.md, Eq. 17 and 18.
     """
     check_choice("center", center, CENTERS)
-    check_number("target", target, 0.0)
-    if target == 0:
-        raise invalid("target", target, "a number above 0")
+    check_positive("target", target)
     if not isinstance(advantages, Tensor) or advantages.is_complex():
         raise TypeError("advantages: expected a tensor of real numbers")
     for name, value in (("weight", weight), ("group_ids", group_ids)):

@@ -17,18 +17,20 @@ def stats(weight, d_sum, d_sq_sum):
 def test_the_step_is_the_equation():
     constraint = VarianceConstraint(0.1, coef=1.0, lr=2.0)
     constraint.step(stats([2.0, 2.0], [0.2, 0.0], [0.4, 0.8]))
-    assert constraint.coef.item() == pytest.approx(1.0 + 2.0 * (0.3 - 0.1))
-    about_means = VarianceConstraint(0.1, center="group", coef=1.0, lr=2.0)
+    # Past twice the target what exceeds it does not count.
+    assert constraint.coef.item() == pytest.approx(math.exp(2.0))
+    constraint.step(stats([2.0, 2.0], [0.2, 0.0], [0.2, 0.1]))
+    assert constraint.coef.item() == pytest.approx(math.exp(2.0 + 2.0 * (0.075 / 0.1 - 1)))
+    about_means = VarianceConstraint(0.2, center="group", coef=1.0, lr=2.0)
     about_means.step(stats([1.0, 3.0], [0.2, 0.0], [0.4, 0.6]))
     pooled = (1 * (0.4 - 0.04) + 3 * 0.2) / 4
-    assert about_means.coef.item() == pytest.approx(1.0 + 2.0 * (pooled - 0.1))
+    assert about_means.coef.item() == pytest.approx(math.exp(2.0 * (pooled / 0.2 - 1)))
 
 
 def test_the_bounds_hold():
     constraint = VarianceConstraint(0.1, coef=1.0, lr=100.0, min_coef=0.5, max_coef=3.0)
     constraint.step(stats([1.0], [0.0], [9.0]))
     assert constraint.coef == 3.0
-    constraint.step(stats([1.0], [0.0], [0.0]))
     constraint.step(stats([1.0], [0.0], [0.0]))
     assert constraint.coef == 0.5
 
@@ -55,7 +57,7 @@ def test_a_step_between_forward_and_backward_changes_no_gradient():
     """λ moves in place; the loss computed before keeps the λ it was computed with."""
     gradients = []
     for steps in (0, 1):
-        constraint = VarianceConstraint(0.0, coef=1.0)
+        constraint = VarianceConstraint(0.01, coef=1.0)
         logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
         out = r2vpo_loss_from_logps(
             logps, logps.detach() - 0.3, torch.ones(1), variance_coef=constraint.coef

@@ -228,11 +228,12 @@ def test_a_bad_label_is_not_written_to_either(kernels):
     "arguments, name",
     [
         ({"target": -1.0}, "target"),
+        ({"target": 0.0}, "target"),
         ({"target": 0.1, "center": "two"}, "center"),
         ({"target": 0.1, "lr": -1.0}, "lr"),
         ({"target": 0.1, "min_coef": 3.0, "max_coef": 2.0}, "max_coef"),
         ({"target": 0.1, "coef": 1e6}, "coef"),
-        ({"target": 0.1, "min_coef": -1.0}, "min_coef"),
+        ({"target": 0.1, "min_coef": 0.0}, "min_coef"),
         ({"target": "0.1"}, "target"),
     ],
 )

@@ -34,7 +34,7 @@ from .. import (
     r2vpo_loss_from_logps,
     token_logps,
 )
-from ..batch import check_choice, check_number, invalid
+from ..batch import check_choice, check_number, check_positive, invalid
 from ..objective import CENTERS, RATIO_LEVELS
 from . import check_version
 
@@ -127,11 +127,14 @@ class R2VPOConfig(GRPOConfig):
         },
     )
     variance_coef_lr: float = field(
-        default=3.0,
-        metadata={"help": "Step size of the dual: λ moves by it times (variance - target)."},
+        default=0.1,
+        metadata={
+            "help": "Step size of the dual: log λ moves by it times (variance / target - 1), of "
+            "which at most 1 counts."
+        },
     )
     variance_coef_min: float = field(
-        default=0.0, metadata={"help": "Lower bound of λ in the mode 'dual'."}
+        default=1e-3, metadata={"help": "Lower bound of λ in the mode 'dual'."}
     )
     variance_coef_max: float = field(
         default=100.0, metadata={"help": "Upper bound of λ in the mode 'dual'."}
@@ -179,9 +182,7 @@ class R2VPOConfig(GRPOConfig):
                 raise invalid(
                     "variance_target", None, f"a number above 0 for variance_coef_mode {mode!r}"
                 )
-            check_number("variance_target", self.variance_target, 0.0)
-            if self.variance_target == 0:
-                raise invalid("variance_target", self.variance_target, "a number above 0")
+            check_positive("variance_target", self.variance_target)
         if self.use_linear_loss:
             self._expect_default("cast_lm_head_to_fp32", "use_linear_loss has no cast of its own")
             if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:

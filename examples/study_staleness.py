@@ -1,0 +1,398 @@
+"""Does the soft brake do what it promises? Clipping against ratio variance on stale data.
+
+    python examples/study_staleness.py          # a short form, under 10 minutes on two cores
+    python examples/study_staleness.py --full   # all of it, its sweep included
+    python examples/study_report.py             # tables and figures of what has been run so far
+
+The small transformer of train_tiny.py learns from rollouts that are 0 to 5 policy updates old. An
+update is one pass over a batch of rollouts, 32 groups of 8 completions, in 4 optimizer steps. At
+age k it takes the batch that the policy of k updates before sampled: every run has the same number
+of rollouts and of optimizer steps. With reuse r a batch serves r updates in a row, so that the same
+optimizer steps cost 1/r of the rollouts.
+
+Two tasks. "sort": the digits in order; the reward is the share of right digits. "rare": the model
+has been taught to sort upwards, and downwards one time in ten; only an answer that is downwards and
+right to the last digit is rewarded. So few rollouts earn anything, by tokens of low probability.
+
+How strictly a method holds the ratio is one number, ε: PPO clips ρ to 1 ± ε (clip-higher to 1.4·ε
+above), λ is 1/(2ε), SPO's is |A|/(2ε), and the dual and Fenchel's closed form hold E[(ρ - c)²] at
+ε². The learning rate and ε of each are chosen by the same sweep, on seeds of its own, which the
+full form runs first and the short form reads from examples/study/. Only for the two that clip, ε
+stays at 0.2 as they are known; what the sweep says of others is kept. It also tries other steps of
+the dual, and the additive form of its update.
+
+Each finished run is appended to --out at once, and a run that stands there is not run again: stop
+and start as you like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import multiprocessing
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from train_tiny import (
+    GROUP,
+    HELD_OUT,
+    IGNORE,
+    TinyTransformer,
+    answers,
+    complete,
+    completion_labels,
+    group_advantages,
+    make_prompts,
+    ppo_clip,
+    right_digits,
+    show_progress,
+    warm_up,
+)
+
+from r2vpo_kernels import (
+    R2VPOOutput,
+    RatioStats,
+    VarianceConstraint,
+    fenchel_coef,
+    r2vpo_loss,
+    token_logps,
+)
+
+WIDTH, HEADS, PROMPTS, MINIBATCHES = 48, 2, 32, 4
+UPDATES, RECORD_EVERY = 40, 5
+METHODS = (
+    "ppo-clip", "clip-higher", "none", "spo",
+    "fixed-one", "fixed-group", "dual-one", "dual-group", "fenchel-one", "fenchel-group",
+)  # fmt: skip
+# (age, reuse)
+SETTINGS = [(0, 1), (1, 1), (2, 1), (3, 1), (5, 1), (0, 2), (0, 4)]
+SHORT_SETTINGS = [(0, 1), (5, 1)]
+SEEDS = range(5)
+# What the sweep tries, on seeds and at ages of its own.
+SWEEP_SEEDS, SWEEP_AGES = range(100, 102), (1, 5)
+RATES = {"sort": (3e-4, 1e-3), "rare": (1e-4, 3e-4)}
+EPSILON, EPSILONS = 0.2, (0.2, 1.0, 5.0)
+DUAL_LR, DUAL_LRS, ADDITIVE_LRS = 0.1, (0.03, 0.3), (0.3, 3.0)
+SWEEP = Path(__file__).parent / "study" / "sweep.csv"
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # tokens, labels, old_logps, advantages
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    warm_up: float  # greedy success on what is taught, at which the warm-up ends
+    teach: Callable[[Tensor], Tensor]
+    right: Callable[[Tensor], Tensor]  # (B, DIGITS): where a completion is right
+    reward: Callable[[Tensor], Tensor]  # of that, (B,)
+
+
+def mostly_upwards(prompts: Tensor) -> Tensor:
+    downwards = torch.rand(len(prompts), 1) < 0.1
+    return torch.where(downwards, answers(prompts).flip(1), answers(prompts))
+
+
+def right_downwards(tokens: Tensor) -> Tensor:
+    right = answers(tokens).flip(1)
+    return tokens[:, -right.shape[1] :] == right
+
+
+TASKS = {
+    "sort": Task(0.5, answers, right_digits, lambda right: right.float().mean(1)),
+    "rare": Task(0.99, mostly_upwards, right_downwards, lambda right: right.all(1).float()),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: all that its outcome depends on, but for the code."""
+
+    task: str
+    method: str
+    age: int
+    reuse: int
+    seed: int
+    lr: float
+    epsilon: float = EPSILON
+    dual_lr: float = DUAL_LR
+    updates: int = UPDATES
+
+
+def pooled(stats: RatioStats, center: str) -> Tensor:
+    """What the dual holds: E[(ρ - c)²] over all groups."""
+    v = stats.second_moment if center == "one" else stats.variance
+    return (stats.weight * v).sum() / stats.weight.sum()
+
+
+class AdditiveDual(VarianceConstraint):
+    """λ ← clip(λ + lr·(v - target)): the other form of the dual's step, for comparison."""
+
+    @torch.no_grad()
+    def step(self, stats: RatioStats) -> None:
+        self.coef.add_(self.lr * (pooled(stats, self.center) - self.target))
+        self.coef.clamp_(0.0, self.max_coef)
+
+
+class Method:
+    """The loss of a run's method; `coef` is the mean λ of its last batch, NaN where it has none."""
+
+    def __init__(self, run: Run) -> None:
+        self.kind, _, center = run.method.partition("-")
+        self.center = "group" if center == "group" else "one"
+        self.epsilon = run.epsilon
+        self.coef = torch.tensor(math.nan)
+        dual = AdditiveDual if self.kind == "additive" else VarianceConstraint
+        self.dual = dual(self.epsilon**2, center=self.center, coef=self._fixed(), lr=run.dual_lr)
+
+    def loss(
+        self, logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, R2VPOOutput]:
+        if self.kind in ("ppo", "clip"):
+            high = self.epsilon if self.kind == "ppo" else 1.4 * self.epsilon
+            return ppo_clip(logits, labels, old_logps, advantages, self.epsilon, high)
+        coef = self._coef(advantages)
+        self.coef = coef.mean()
+        out = r2vpo_loss(
+            logits, labels, old_logps, advantages,
+            variance_coef=coef, center=self.center, group_size=GROUP, return_entropy=True,
+        )  # fmt: skip
+        if self.kind in ("dual", "additive"):
+            self.dual.step(out.stats)
+        return out.loss, out
+
+    def _fixed(self) -> float:
+        return 1 / (2 * self.epsilon)
+
+    def _coef(self, advantages: Tensor) -> Tensor:
+        if self.kind == "none":
+            return torch.tensor(0.0)
+        if self.kind == "fixed":
+            return torch.tensor(self._fixed())
+        if self.kind == "spo":
+            return advantages.abs() * self._fixed()
+        if self.kind == "fenchel":
+            groups = torch.arange(len(advantages)) // GROUP
+            return fenchel_coef(
+                advantages, self.epsilon**2, center=self.center,
+                group_ids=groups, num_groups=len(advantages) // GROUP,
+            )  # fmt: skip
+        return self.dual.coef.clone()
+
+
+def starting_policy(name: str, folder: Path) -> TinyTransformer:
+    """Where all runs of a task start from, kept in `folder`."""
+    task, path = TASKS[name], folder / f"{name}.pt"
+    torch.manual_seed(0)
+    model = TinyTransformer(WIDTH, heads=HEADS)
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+        return model
+    warm_up(model, task.warm_up, torch.Generator().manual_seed(0), task.teach)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def would_clip(out: R2VPOOutput, old_logps: Tensor, advantages: Tensor) -> Tensor:
+    """Whose gradient PPO's clip at ε = 0.2 would cut, of the tokens as they lie."""
+    change = (out.logps - old_logps).exp() - 1
+    return torch.where(advantages[:, None] > 0, change > EPSILON, change < -EPSILON) & (
+        advantages[:, None] != 0
+    )
+
+
+def train(run: Run, policies: Path) -> list[Row]:
+    """A row at the start, and one for each RECORD_EVERY updates, of means over their steps."""
+    task, method = TASKS[run.task], Method(run)
+    model = starting_policy(run.task, policies)
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, fused=True)
+    generator = torch.Generator().manual_seed(run.seed)
+    held_out = make_prompts(HELD_OUT, torch.Generator().manual_seed(2**31))
+
+    def success() -> float:
+        tokens = complete(model, held_out, torch.Generator().manual_seed(2**31))
+        return task.right(tokens).all(1).float().mean().item()
+
+    def rollouts() -> Batch:
+        prompts = make_prompts(PROMPTS, generator).repeat_interleave(GROUP, dim=0)
+        tokens = complete(model, prompts, generator)
+        labels = completion_labels(tokens)
+        with torch.no_grad():
+            old_logps = token_logps(model(tokens), labels)
+        return tokens, labels, old_logps, group_advantages(task.reward(task.right(tokens)))
+
+    rows: list[Row] = [{"update": 0, "success": success()}]
+    sums: dict[str, float] = defaultdict(float)
+    queue = deque(rollouts() for _ in range(run.age))
+    for update in range(run.updates):
+        if update % run.reuse == 0:
+            queue.append(rollouts())
+            batch = queue.popleft()
+        # Groups stay whole, for the centre "group".
+        for groups in torch.randperm(PROMPTS, generator=generator).chunk(MINIBATCHES):
+            part = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
+            tokens, labels, old_logps, advantages = (x[part] for x in batch)
+            loss, out = method.loss(model(tokens), labels, old_logps, advantages)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            cut = would_clip(out, old_logps, advantages)[labels != IGNORE]
+            measured = {
+                "ratio_var": pooled(out.stats, method.center),
+                "coef": method.coef,
+                "cut": cut.float().mean(),
+                "grad_norm": norm,
+                "entropy": out.entropy[labels != IGNORE].mean(),
+            }
+            for name, value in measured.items():
+                sums[name] += value.item() / (RECORD_EVERY * MINIBATCHES)
+        if (update + 1) % RECORD_EVERY == 0:
+            rows.append({"update": update + 1, "success": success(), **sums})
+            sums.clear()
+    return rows
+
+
+RUN_COLUMNS = [field.name for field in fields(Run)]
+COLUMNS = [
+    *RUN_COLUMNS,
+    *("update", "success"),
+    *("ratio_var", "coef", "cut", "grad_norm", "entropy"),
+]
+
+
+def read_runs(path: Path) -> dict[Run, list[Row]]:
+    """The finished runs of a file, each with its rows."""
+    kinds = {"task": str, "method": str, "lr": float, "epsilon": float, "dual_lr": float}
+    runs: dict[Run, list[Row]] = defaultdict(list)
+    if path.exists():
+        with open(path, newline="") as file:
+            for line in csv.DictReader(file):
+                run = Run(**{name: kinds.get(name, int)(line[name]) for name in RUN_COLUMNS})
+                measured = COLUMNS[len(RUN_COLUMNS) :]
+                runs[run].append({name: float(line[name] or math.nan) for name in measured})
+    return dict(runs)
+
+
+def append_run(path: Path, run: Run, rows: list[Row]) -> None:
+    """All rows of a run in one write, so that a file holds whole runs."""
+    lines = [] if path.exists() else [",".join(COLUMNS)]
+    for row in rows:
+        measured = (
+            f"{row[name]:.4g}" if name in row else "" for name in COLUMNS[len(RUN_COLUMNS) :]
+        )
+        lines.append(",".join([*(str(value) for value in astuple(run)), *measured]))
+    with open(path, "a") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def mean_success(rows: list[Row]) -> float:
+    """Over the whole of training: what is learned sooner counts for more."""
+    return sum(row["success"] for row in rows) / len(rows)
+
+
+def tried(task: str, method: str) -> list[dict[str, float]]:
+    """The hyper-parameters that the sweep tries for a method."""
+    epsilons = (EPSILON,) if method == "none" else EPSILONS
+    return [{"lr": lr, "epsilon": e} for lr, e in itertools.product(RATES[task], epsilons)]
+
+
+def sweep_runs() -> list[Run]:
+    return [
+        Run(task, method, age, 1, seed, **values)
+        for seed, task, method, age in itertools.product(SWEEP_SEEDS, TASKS, METHODS, SWEEP_AGES)
+        for values in tried(task, method)
+    ]
+
+
+def chosen(sweep: dict[Run, list[Row]]) -> dict[tuple[str, str], dict[str, float]]:
+    """(task, method) → the values of the highest mean success over the sweep's ages and seeds.
+
+    PPO's ε is what its name says: for the two that clip only the learning rate is chosen.
+    """
+    scores: dict[tuple[str, str], dict[tuple[float, float], float]] = defaultdict(dict)
+    for task, method in itertools.product(TASKS, METHODS):
+        for values in tried(task, method):
+            of_values = [
+                mean_success(rows)
+                for run, rows in sweep.items()
+                if replace(run, age=0, seed=0) == Run(task, method, 0, 1, 0, **values)
+            ]
+            if of_values and not ("clip" in method and values["epsilon"] != EPSILON):
+                score = sum(of_values) / len(of_values)
+                scores[task, method][values["lr"], values["epsilon"]] = score
+    return {
+        key: dict(zip(("lr", "epsilon"), max(of_key, key=of_key.__getitem__), strict=True))
+        for key, of_key in scores.items()
+    }
+
+
+def dual_runs(sweep: dict[Run, list[Row]]) -> list[Run]:
+    """Other steps of the dual, and the other form of its update, at the rates chosen for it."""
+    rates = {task: chosen(sweep)[task, "dual-one"]["lr"] for task in TASKS}
+    steps = [("dual-one", DUAL_LRS), ("additive-one", ADDITIVE_LRS)]
+    return [
+        Run(task, method, age, 1, seed, rates[task], epsilon, dual_lr)
+        for seed, task, age, epsilon in itertools.product(
+            SWEEP_SEEDS, TASKS, SWEEP_AGES, EPSILONS[:2]
+        )
+        for method, dual_lrs in steps
+        for dual_lr in dual_lrs
+    ]
+
+
+def result_runs(
+    values: dict[tuple[str, str], dict[str, float]], settings: list[tuple[int, int]], seeds: range
+) -> list[Run]:
+    return [
+        Run(task, method, age, reuse, seed, **values[task, method])
+        for seed, task, (age, reuse), method in itertools.product(seeds, TASKS, settings, METHODS)
+    ]
+
+
+def finish(name: str, runs: Iterable[Run], path: Path, workers: int) -> None:
+    """Train those of the runs that do not stand in the file yet, and append them to it."""
+    done = read_runs(path)
+    todo = [run for run in runs if run not in done]
+    start = time.perf_counter()
+    policies = path.parent / "policies"
+    for task in {run.task for run in todo}:
+        starting_policy(task, policies)
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        finished = pool.imap(partial(train, policies=policies), todo)
+        for count, (run, rows) in enumerate(zip(todo, finished, strict=True), start=1):
+            append_run(path, run, rows)
+            left = (time.perf_counter() - start) / count * (len(todo) - count) / 60
+            show_progress(name, count, len(todo), f"{run.task} {run.method}, {left:.0f} min left")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--full", action="store_true", help="the sweep, all ages, 5 seeds")
+    add("--out", type=Path, default=Path("study"), help="folder to write (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    sweep, settings, seeds = SWEEP, SHORT_SETTINGS, SEEDS[:2]
+    if args.full:
+        sweep, settings, seeds = args.out / "sweep.csv", SETTINGS, SEEDS
+        finish("sweep", sweep_runs(), sweep, args.workers)
+        finish("dual's steps", dual_runs(read_runs(sweep)), sweep, args.workers)
+    runs = result_runs(chosen(read_runs(sweep)), settings, seeds)
+    finish("results", runs, args.out / "results.csv", args.workers)
+
+
+if __name__ == "__main__":
+    main()
