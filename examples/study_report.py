@@ -206,7 +206,9 @@ def line_of(method: str) -> dict[str, str]:
 
 
 def curve(axis: Axes, method: str, points: list[tuple[float, Interval]], marker: str = "") -> None:
-    """Means joined up, in the band of their intervals."""
+    """Means joined up, in the band of their intervals; nothing where there are none."""
+    if not points:
+        return
     x = [x for x, _ in points]
     axis.plot(x, [y.mean for _, y in points], label=method, marker=marker, **line_of(method))
     low, high = [y.low for _, y in points], [y.high for _, y in points]
@@ -214,16 +216,13 @@ def curve(axis: Axes, method: str, points: list[tuple[float, Interval]], marker:
 
 
 def over_training(axis: Axes, runs: Runs, name: str, method: str, **fixed) -> None:
-    """A column of the records against the rollouts consumed."""
+    """A column of the records against the rollouts consumed, of runs without reuse."""
     points = []
-    length = max((len(rows) for rows in runs.values()), default=0)
-    for index in range(name != "success", length):
-        chosen = interval(runs, lambda run, rows, i=index: rows[i][name], method=method, **fixed)
-        run, rows = next((r, rows) for r, rows in runs.items() if r.method == method)
-        if chosen is not None and not math.isnan(chosen.mean):
-            points.append((rollouts(run, rows[index]["update"]), chosen))
-    if points:
-        curve(axis, method, points)
+    for index, row in enumerate(next(iter(runs.values()))):
+        y = interval(runs, lambda _, rows, i=index: rows[i][name], method=method, reuse=1, **fixed)
+        if y is not None and not math.isnan(y.mean):
+            points.append((row["update"] * PROMPTS * GROUP, y))
+    curve(axis, method, points)
 
 
 def over_settings(axis: Axes, runs: Runs, name: str, task: str, vary: str) -> None:
@@ -234,8 +233,7 @@ def over_settings(axis: Axes, runs: Runs, name: str, task: str, vary: str) -> No
         fixed = dict(task=task, method=method, **held)
         points = [(v, interval(runs, MEASURES[name], **{vary: v}, **fixed)) for v in values]
         points = [(v, y) for v, y in points if y is not None and not math.isnan(y.mean)]
-        if points:
-            curve(axis, method, points, marker="o")
+        curve(axis, method, points, marker="o")
     axis.set(xticks=values, xlabel=AXES[vary])
 
 
@@ -276,7 +274,7 @@ def draw_training(runs: Runs, names: Sequence[str], path: Path, logarithmic: boo
     for row, (task, name) in zip(axes, panels, strict=True):
         for axis, age in zip(row, ages, strict=True):
             for method in METHODS:
-                over_training(axis, runs, name, method, task=task, age=age, reuse=1)
+                over_training(axis, runs, name, method, task=task, age=age)
             if name == "ratio_var":
                 axis.axhline(EPSILON**2, color="black", linestyle=":", label="target")
             if logarithmic:

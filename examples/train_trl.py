@@ -76,7 +76,6 @@ def main() -> None:
             num_iterations=2, num_generations=8, max_completion_length=LENGTH, max_steps=steps,
             learning_rate=3e-3, lr_scheduler_type="constant", save_strategy="no",
             logging_steps=min(20, steps), variance_coef_mode="dual", variance_target=0.01,
-            variance_coef_lr=10.0,
         )  # fmt: skip
         trainer = R2VPOTrainer(
             make_model(), repeats, args, processing_class=make_tokenizer(), callbacks=[Report()],

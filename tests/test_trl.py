@@ -501,7 +501,13 @@ def test_fenchel_is_carried_to_every_micro_batch(tmp_path):
 
 # The dual.
 
-DUAL = {"variance_coef_mode": "dual", "variance_target": 0.01, "variance_coef_lr": 0.5}
+DUAL = {"variance_coef_mode": "dual", "variance_target": 5.0, "variance_coef_lr": 0.5}
+
+
+def stepped(coef, v):
+    """Eq. 16, where v is not past twice the target."""
+    assert v < 2 * DUAL["variance_target"]
+    return coef * math.exp(DUAL["variance_coef_lr"] * (v / DUAL["variance_target"] - 1))
 
 
 def moment(inputs, ratio, weight, by_group):
@@ -539,7 +545,7 @@ def test_dual_moves_once_per_step_by_all_micro_batches(tmp_path, center, loss_ty
     weight = weights(inputs, loss_type)
     _, ratio = by_formula(trainer, inputs, weight, 0.0)
     v, _ = moment(inputs, ratio, weight, center == "group")
-    assert moved == pytest.approx(2.5 * math.exp(0.5 * min(v / 0.01 - 1, 1)), rel=F32)
+    assert moved == pytest.approx(stepped(2.5, v), rel=F32)
     # An evaluation moves nothing, whatever it says of gradients.
     trainer.model.eval()
     assert accumulate(trainer, [inputs]) == [moved]
@@ -574,8 +580,7 @@ def test_dual_keeps_generations_apart(tmp_path):
     trainer.accelerator.gradient_state._set_sync_gradients(True)
     trainer._generation = 2
     run(trainer, second)
-    expected = 2.5 + 0.5 * (v - 0.01)
-    assert trainer._constraint.coef.item() == pytest.approx(expected, rel=F32)
+    assert trainer._constraint.coef.item() == pytest.approx(stepped(2.5, v), rel=F32)
     assert trainer._window == {}
 
 
@@ -760,7 +765,7 @@ def test_ranks_are_one_batch(tmp_path):
             {"variance_coef_mode": "fenchel", "variance_target": 0.1, "variance_coef": 1.0},
             "variance_coef: got 1.0, expected 2.5: variance_coef_mode 'fenchel' does not read it",
         ),
-        ({"variance_coef_lr": 1.0}, "variance_coef_lr: got 1.0, expected 3.0"),
+        ({"variance_coef_lr": 1.0}, "variance_coef_lr: got 1.0, expected 0.1"),
         ({"sapo_temperature_pos": 3.0}, "sapo_temperature_pos: got 3.0, expected 1.0"),
         ({"entropy_coef_max": 9.0}, "entropy_coef_max: got 9.0"),
         (
