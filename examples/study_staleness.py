@@ -1,14 +1,14 @@
 """Does the soft brake do what it promises? Clipping against ratio variance on stale data.
 
     python examples/study_staleness.py          # a short form, under 10 minutes on two cores
-    python examples/study_staleness.py --full   # all of it, its sweep included
+    python examples/study_staleness.py --full   # all of it, its sweep included: COST
     python examples/study_report.py             # tables and figures of what has been run so far
 
 The small transformer of train_tiny.py learns from rollouts that are 0 to 5 policy updates old. An
 update is one pass over a batch of rollouts, 32 groups of 8 completions, in 4 optimizer steps. At
-age k it takes the batch that the policy of k updates before sampled: every run has the same number
-of rollouts and of optimizer steps. With reuse r a batch serves r updates in a row, so that the same
-optimizer steps cost 1/r of the rollouts.
+age k it takes the batch that the policy of k updates before sampled (the first k, that which all
+start from): every run has the same number of rollouts and of optimizer steps. With reuse r a batch
+serves r updates in a row, so that the same optimizer steps cost 1/r of the rollouts.
 
 Two tasks. "sort": the digits in order; the reward is the share of right digits. "rare": the model
 has been taught to sort upwards, and downwards one time in ten; only an answer that is downwards and
@@ -21,8 +21,8 @@ full form runs first and the short form reads from examples/study/. Only for the
 stays at 0.2 as they are known; what the sweep says of others is kept. It also tries other steps of
 the dual, and the additive form of its update.
 
-Each finished run is appended to --out at once, and a run that stands there is not run again: stop
-and start as you like.
+Each finished run is appended to a CSV in --out at once, and a run that stands there is not run
+again: stop and start as you like.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ SEEDS = range(5)
 SWEEP_SEEDS, SWEEP_AGES = range(100, 102), (1, 5)
 RATES = {"sort": (3e-4, 1e-3), "rare": (1e-4, 3e-4)}
 EPSILON, EPSILONS = 0.2, (0.2, 1.0, 5.0)
-DUAL_LR, DUAL_LRS, ADDITIVE_LRS = 0.1, (0.03, 0.3), (0.3, 3.0)
+DUAL_LR, DUAL_LRS, ADDITIVE_LRS = 0.1, (0.03, 0.3), (0.03, 0.3, 3.0)
 SWEEP = Path(__file__).parent / "study" / "sweep.csv"
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # tokens, labels, old_logps, advantages
@@ -128,7 +128,7 @@ class Run:
 
 
 def pooled(stats: RatioStats, center: str) -> Tensor:
-    """What the dual holds: E[(ρ - c)²] over all groups."""
+    """E[(ρ - c)²] over all groups."""
     v = stats.second_moment if center == "one" else stats.variance
     return (stats.weight * v).sum() / stats.weight.sum()
 
@@ -198,16 +198,16 @@ def starting_policy(name: str, folder: Path) -> TinyTransformer:
         return model
     warm_up(model, task.warm_up, torch.Generator().manual_seed(0), task.teach)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
+    unfinished = path.with_suffix(".part")
+    torch.save(model.state_dict(), unfinished)
+    unfinished.replace(path)
     return model
 
 
 def would_clip(out: R2VPOOutput, old_logps: Tensor, advantages: Tensor) -> Tensor:
     """Whose gradient PPO's clip at ε = 0.2 would cut, of the tokens as they lie."""
     change = (out.logps - old_logps).exp() - 1
-    return torch.where(advantages[:, None] > 0, change > EPSILON, change < -EPSILON) & (
-        advantages[:, None] != 0
-    )
+    return advantages.sign()[:, None] * change > EPSILON
 
 
 def train(run: Run, policies: Path) -> list[Row]:
@@ -263,36 +263,38 @@ def train(run: Run, policies: Path) -> list[Row]:
 
 
 RUN_COLUMNS = [field.name for field in fields(Run)]
-COLUMNS = [
-    *RUN_COLUMNS,
-    *("update", "success"),
-    *("ratio_var", "coef", "cut", "grad_norm", "entropy"),
-]
+MEASURED = ["update", "success", "ratio_var", "coef", "cut", "grad_norm", "entropy"]
 
 
 def read_runs(path: Path) -> dict[Run, list[Row]]:
-    """The finished runs of a file, each with its rows."""
+    """The runs of a file that stand there in full, each with its rows."""
     kinds = {"task": str, "method": str, "lr": float, "epsilon": float, "dual_lr": float}
     runs: dict[Run, list[Row]] = defaultdict(list)
-    if path.exists():
-        with open(path, newline="") as file:
-            for line in csv.DictReader(file):
-                run = Run(**{name: kinds.get(name, int)(line[name]) for name in RUN_COLUMNS})
-                measured = COLUMNS[len(RUN_COLUMNS) :]
-                runs[run].append({name: float(line[name] or math.nan) for name in measured})
-    return dict(runs)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # The last one may have been cut short.
+    for line in csv.DictReader(line for line in lines if line.endswith("\n")):
+        run = Run(**{name: kinds.get(name, int)(line[name]) for name in RUN_COLUMNS})
+        runs[run].append({name: float(line[name] or math.nan) for name in MEASURED})
+    return {run: rows for run, rows in runs.items() if rows[-1]["update"] == run.updates}
 
 
-def append_run(path: Path, run: Run, rows: list[Row]) -> None:
-    """All rows of a run in one write, so that a file holds whole runs."""
-    lines = [] if path.exists() else [",".join(COLUMNS)]
+def lines_of(run: Run, rows: list[Row]) -> list[str]:
+    lines = []
     for row in rows:
-        measured = (
-            f"{row[name]:.4g}" if name in row else "" for name in COLUMNS[len(RUN_COLUMNS) :]
-        )
-        lines.append(",".join([*(str(value) for value in astuple(run)), *measured]))
-    with open(path, "a") as file:
-        file.write("\n".join(lines) + "\n")
+        values = (row.get(name, math.nan) for name in MEASURED)
+        measured = ("" if math.isnan(value) else f"{value:.4g}" for value in values)
+        lines.append(",".join([*map(str, astuple(run)), *measured]))
+    return lines
+
+
+def write_runs(path: Path, runs: dict[Run, list[Row]]) -> None:
+    """A file of these runs alone."""
+    lines = [",".join([*RUN_COLUMNS, *MEASURED])]
+    for run, rows in runs.items():
+        lines += lines_of(run, rows)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("\n".join(lines) + "\n")
+    unfinished.replace(path)
 
 
 def mean_success(rows: list[Row]) -> float:
@@ -363,14 +365,20 @@ def finish(name: str, runs: Iterable[Run], path: Path, workers: int) -> None:
     """Train those of the runs that do not stand in the file yet, and append them to it."""
     done = read_runs(path)
     todo = [run for run in runs if run not in done]
-    start = time.perf_counter()
+    if not todo:
+        return
+    write_runs(path, done)
     policies = path.parent / "policies"
     for task in {run.task for run in todo}:
         starting_policy(task, policies)
-    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+    start = time.perf_counter()
+    with (
+        open(path, "a", buffering=1) as file,
+        multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool,
+    ):
         finished = pool.imap(partial(train, policies=policies), todo)
         for count, (run, rows) in enumerate(zip(todo, finished, strict=True), start=1):
-            append_run(path, run, rows)
+            file.write("\n".join(lines_of(run, rows)) + "\n")
             left = (time.perf_counter() - start) / count * (len(todo) - count) / 60
             show_progress(name, count, len(todo), f"{run.task} {run.method}, {left:.0f} min left")
 
@@ -378,20 +386,22 @@ def finish(name: str, runs: Iterable[Run], path: Path, workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--full", action="store_true", help="the sweep, all ages, 5 seeds")
-    add("--out", type=Path, default=Path("study"), help="folder to write (default: %(default)s)")
+    add("--full", action="store_true", help="the sweep, all ages, 5 seeds: COST")
+    add("--out", type=Path, help="folder to write (default: study, with --full study/full)")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
+    # The two may choose other values for the same cell: they do not share a folder.
+    out = args.out or Path("study", "full" if args.full else "")
+    out.mkdir(parents=True, exist_ok=True)
     sweep, settings, seeds = SWEEP, SHORT_SETTINGS, SEEDS[:2]
     if args.full:
-        sweep, settings, seeds = args.out / "sweep.csv", SETTINGS, SEEDS
+        sweep, settings, seeds = out / "sweep.csv", SETTINGS, SEEDS
         finish("sweep", sweep_runs(), sweep, args.workers)
         finish("dual's steps", dual_runs(read_runs(sweep)), sweep, args.workers)
     runs = result_runs(chosen(read_runs(sweep)), settings, seeds)
-    finish("results", runs, args.out / "results.csv", args.workers)
+    finish("results", runs, out / "results.csv", args.workers)
 
 
 if __name__ == "__main__":

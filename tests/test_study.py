@@ -2,6 +2,7 @@
 runs."""
 
 import csv
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -113,11 +114,20 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     after = path.read_text()
     assert after.startswith(before)
     assert list(study.read_runs(path)) == runs
+    monkeypatch.setattr(study, "starting_policy", None)  # nothing is trained
     study.finish("test", runs, path, workers=1)
     assert path.read_text() == after
-    (kept, *_) = study.read_runs(path).values()
-    for row, again in zip(kept, study.train(RUN, tmp_path / "policies"), strict=True):
-        assert row["success"] == pytest.approx(again["success"], rel=1e-3)
+
+
+def test_a_run_cut_short_is_run_again(tmp_path):
+    path = tmp_path / "results.csv"
+    study.finish("test", [RUN], path, workers=1)
+    whole = path.read_text()
+    for end in (0, 40, whole.index("\n") + 1, whole.rindex(",", 0, -20), len(whole) - 2):
+        path.write_text(whole[:end])
+        assert study.read_runs(path) == {}
+        study.finish("test", [RUN], path, workers=1)
+        assert path.read_text() == whole
 
 
 def test_what_is_chosen():
@@ -140,44 +150,81 @@ def test_what_is_chosen():
     assert study.chosen(sweep | extra) == chosen
 
 
-def test_rollouts_needed():
+def test_rollouts_needed(monkeypatch):
+    monkeypatch.setattr(report, "ENOUGH", 0.6)
     batch = PROMPTS * GROUP
     rows = [{"update": u, "success": s} for u, s in [(0, 0.1), (5, 0.4), (10, 0.8), (15, 0.5)]]
     run = replace(RUN, updates=15)
-    assert report.ENOUGH["sort"] == 0.6
     assert report.rollouts_needed(run, rows) == pytest.approx(7.5 * batch)
     assert report.rollouts_needed(replace(run, reuse=5), rows) == pytest.approx(1.5 * batch)
-    assert report.rollouts_needed(run, rows[:2]) == 15 * batch
+    # Never, whatever that cost; and at once.
+    assert report.rollouts_needed(replace(run, reuse=5), rows[:2]) == math.inf
+    assert report.rollouts_needed(run, rows[2:]) == 0.0
 
 
 def test_interval():
     y = report.Interval.of([0.0, 1.0])
-    assert (y.mean, y.low, y.high, y.seeds) == (0.5, 0.0, 1.0, 2)
+    assert (y.mean, y.low, y.high) == (0.5, 0.0, 1.0)
     many = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = report.Interval.of(many.tolist())
-    # 1.96 standard errors, to the 3 % that 10 000 resamples leave of a percentile.
-    assert y.high - y.mean == pytest.approx(1.96 * many.std(correction=0).item() / 20, rel=0.1)
+    # The standard error of a percentile of 10 000 draws is 0.03 of that of the mean.
+    error = many.std(correction=0).item() / 20
+    assert y.high - y.mean == pytest.approx(1.96 * error, abs=4 * 0.03 * error)
+    assert report.Interval.of([1.0, math.inf]).text(1) == "1 of 2 reach it"
+    assert report.Interval.of([]).text(1) == ""
+
+
+def test_several_ages_together(monkeypatch):
+    runs = {}
+    for method, shift in (("ppo-clip", 0.0), ("dual-one", 0.1)):
+        for seed, age in itertools.product((0, 1), (0, 2, 5)):
+            rows = [{"success": 0.01 * age + 0.3 * seed + shift * (age > 0)}] * 3
+            runs[replace(RUN, method=method, seed=seed, age=age)] = rows
+    assert report.by_seed(runs, "final success", method="dual-one", age=(2, 5)) == pytest.approx(
+        {0: 0.135, 1: 0.435}
+    )
+    fixed = {"method": "dual-one", "age": (2, 5)}
+    gap = report.difference(runs, "final success", fixed, {"method": "ppo-clip"})
+    assert gap.values == pytest.approx([0.1, 0.1])
+    gap = report.difference(runs, "final success", fixed, {"age": 0})
+    assert gap.values == pytest.approx([0.135, 0.135])
+
+
+def rows_of(success: float, updates: int) -> list[study.Row]:
+    """A run's records where nothing but success matters."""
+    measured = dict.fromkeys(study.MEASURED, 0.5) | {"success": success}
+    return [{"update": u, "success": success} if u == 0 else measured | {"update": u}
+            for u in range(0, updates + 1, study.RECORD_EVERY)]  # fmt: skip
 
 
 def test_report(tmp_path, monkeypatch, capsys):
-    """Differences are those of a seed; every question has a figure."""
+    """Differences are those of a seed; every question has a figure; nothing need be finished."""
+    runs = {}
     for method, shift in (("ppo-clip", 0.0), ("dual-one", 0.1)):
-        for seed, age in ((0, 0), (1, 0), (0, 3), (1, 3)):
-            run = replace(RUN, method=method, seed=seed, age=age)
-            success = 0.3 * seed + shift
-            rows = [{"update": 0, "success": success}]
-            rows += [{"success": success} | dict.fromkeys(study.COLUMNS[-5:], 0.5)
-                     | {"update": u} for u in (5, 10, 15)]  # fmt: skip
-            study.append_run(tmp_path / "results.csv", run, rows)
+        for seed, (age, reuse) in itertools.product((0, 1), ((0, 1), (3, 1), (0, 2))):
+            run = Run("sort", method, age, reuse, seed, lr=1e-3)
+            runs[run] = rows_of(0.3 * seed + shift, run.updates)
+    sweep = {run: rows_of(run.lr, run.updates) for run in study.sweep_runs()}
+    sweep |= {run: rows_of(run.lr, run.updates) for run in study.dual_runs(sweep)}
     monkeypatch.setattr(sys, "argv", ["study_report.py", "--runs", str(tmp_path)])
+    study.write_runs(tmp_path / "sweep.csv", dict(itertools.islice(sweep.items(), 5)))
     report.main()
-    assert "| dual-one | 0.10 [0.10, 0.10] | 0.10 [0.10, 0.10] |" in capsys.readouterr().out
+    assert capsys.readouterr().out == ""
+    study.write_runs(tmp_path / "sweep.csv", sweep)
+    study.write_runs(tmp_path / "results.csv", runs)
+    report.main()
+    printed = capsys.readouterr().out
+    assert "| dual-one | 0.100 [0.100, 0.100] | 0.100 [0.100, 0.100] |" in printed
+    assert "| ppo-clip | 1 of 2 reach it | 1 of 2 reach it |" in printed
+    assert "the dual's steps" in printed
     with open(tmp_path / "summary.csv") as file:
         rows = list(csv.DictReader(file))
     final = [r for r in rows if r["method"] == "ppo-clip" and r["measure"] == "final success"]
     assert [(r["age"], r["mean"], r["seeds"]) for r in final] == [
-        ("0", "0.15", "2"),
-        ("3", "0.15", "2"),
-    ]
-    for name in ("success", "constraint", "age", "clipped"):
+        ("0", "0.15", "2"), ("3", "0.15", "2"), ("0", "0.15", "2"),
+    ]  # fmt: skip
+    for name in ("success", "constraint", "age", "clipped", "reuse", "strength", "dual"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    study.write_runs(tmp_path / "results.csv", runs | {replace(run, lr=1.0): runs[run]})
+    with pytest.raises(SystemExit, match="has 2 runs of"):
+        report.main()
