@@ -36,6 +36,7 @@ from study_staleness import (
     RATES,
     SETTINGS,
     SWEEP_AGES,
+    SWEPT,
     TASKS,
     Row,
     Run,
@@ -50,7 +51,8 @@ RESAMPLES = 10_000
 ENOUGH = 0.25
 OLD = (2, 3, 5)
 HOLD_A_TARGET = ("dual-one", "dual-group", "fenchel-one", "fenchel-group")
-COLORS = {"ppo-clip": "black", "clip-higher": "gray", "none": "tab:red", "spo": "tab:purple"}
+COLORS = {"ppo-clip": "black", "clip-higher": "gray", "ppo-tuned": "tab:brown"}
+COLORS |= {"none": "tab:red", "spo": "tab:purple"}
 COLORS |= {
     f"{kind}-{center}": color
     for kind, color in (("fixed", "tab:blue"), ("dual", "tab:green"), ("fenchel", "tab:orange"))
@@ -207,14 +209,15 @@ def print_sweep(sweep: Runs) -> None:
     values = chosen(sweep)
     panels = [(task, lr, age) for task in TASKS for lr in RATES[task] for age in SWEEP_AGES]
     lines = []
-    for method in METHODS:
+    for method in SWEPT:
         for epsilon in dict.fromkeys(v["epsilon"] for v in tried("sort", method)):
             line = [method, "" if method == "none" else f"{epsilon:g}"]
             for task, lr, age in panels:
                 fixed = {"task": task, "method": method, "age": age, "lr": lr, "epsilon": epsilon}
                 text = f"{interval(sweep, 'mean success', dual_lr=DUAL_LR, **fixed).mean:.3f}"
-                bold = values.get((task, method)) == {"lr": lr, "epsilon": epsilon}
-                line.append(f"**{text}**" if bold else text)
+                users = (method, "ppo-tuned") if method == "ppo-clip" else (method,)
+                best = (values[task, user] == {"lr": lr, "epsilon": epsilon} for user in users)
+                line.append(f"**{text}**" if any(best) else text)
             lines.append(line)
     columns = [f"{task}, lr {lr:g}, age {age}" for task, lr, age in panels]
     print_table("the sweep: mean success", ["", "ε", *columns], lines)
@@ -344,7 +347,7 @@ def draw_strengths(sweep: Runs, path: Path) -> None:
     figure, axes = grid(len(TASKS), len(SWEEP_AGES))
     for row, task in zip(axes, TASKS, strict=True):
         for axis, age in zip(row, SWEEP_AGES, strict=True):
-            for method in METHODS:
+            for method in SWEPT:
                 points = []
                 for epsilon in dict.fromkeys(v["epsilon"] for v in tried(task, method)):
                     fixed = {"task": task, "method": method, "age": age, "epsilon": epsilon}

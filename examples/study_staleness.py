@@ -17,9 +17,9 @@ right to the last digit is rewarded. So few rollouts earn anything, by tokens of
 How strictly a method holds the ratio is one number, ε: PPO clips ρ to 1 ± ε (clip-higher to 1.4·ε
 above), λ is 1/(2ε), SPO's is |A|/(2ε), and the dual and Fenchel's closed form hold E[(ρ - c)²] at
 ε². The learning rate and ε of each are chosen by the same sweep, on seeds of its own, which the
-full form runs first and the short form reads from examples/study/. Only for the two that clip, ε
-stays at 0.2 as they are known; what the sweep says of others is kept. It also tries other steps of
-the dual, and the additive form of its update.
+full form runs first and the short form reads from examples/study/. "ppo-clip" and "clip-higher"
+keep the ε = 0.2 that they are known by; "ppo-tuned" is PPO's clip with its own chosen, as the
+others have. The sweep also tries other steps of the dual, and the additive form of its update.
 
 Each finished run is appended to a CSV in --out at once, and a run that stands there is not run
 again: stop and start as you like.
@@ -70,9 +70,11 @@ from r2vpo_kernels import (
 WIDTH, HEADS, PROMPTS, MINIBATCHES = 48, 2, 32, 4
 UPDATES, RECORD_EVERY = 40, 5
 METHODS = (
-    "ppo-clip", "clip-higher", "none", "spo",
+    "ppo-clip", "clip-higher", "ppo-tuned", "none", "spo",
     "fixed-one", "fixed-group", "dual-one", "dual-group", "fenchel-one", "fenchel-group",
 )  # fmt: skip
+# "ppo-tuned" chooses from what is tried of "ppo-clip".
+SWEPT = tuple(method for method in METHODS if method != "ppo-tuned")
 # (age, reuse)
 SETTINGS = [(0, 1), (1, 1), (2, 1), (3, 1), (5, 1), (0, 2), (0, 4)]
 SHORT_SETTINGS = [(0, 1), (5, 1)]
@@ -311,25 +313,25 @@ def tried(task: str, method: str) -> list[dict[str, float]]:
 def sweep_runs() -> list[Run]:
     return [
         Run(task, method, age, 1, seed, **values)
-        for seed, task, method, age in itertools.product(SWEEP_SEEDS, TASKS, METHODS, SWEEP_AGES)
+        for seed, task, method, age in itertools.product(SWEEP_SEEDS, TASKS, SWEPT, SWEEP_AGES)
         for values in tried(task, method)
     ]
 
 
 def chosen(sweep: dict[Run, list[Row]]) -> dict[tuple[str, str], dict[str, float]]:
-    """(task, method) → the values of the highest mean success over the sweep's ages and seeds.
-
-    PPO's ε is what its name says: for the two that clip only the learning rate is chosen.
-    """
+    """(task, method) → the values of the highest mean success over the sweep's ages and seeds."""
     scores: dict[tuple[str, str], dict[tuple[float, float], float]] = defaultdict(dict)
     for task, method in itertools.product(TASKS, METHODS):
+        swept = "ppo-clip" if method == "ppo-tuned" else method
         for values in tried(task, method):
+            if method in ("ppo-clip", "clip-higher") and values["epsilon"] != EPSILON:
+                continue
             of_values = [
                 mean_success(rows)
                 for run, rows in sweep.items()
-                if replace(run, age=0, seed=0) == Run(task, method, 0, 1, 0, **values)
+                if replace(run, age=0, seed=0) == Run(task, swept, 0, 1, 0, **values)
             ]
-            if of_values and not ("clip" in method and values["epsilon"] != EPSILON):
+            if of_values:
                 score = sum(of_values) / len(of_values)
                 scores[task, method][values["lr"], values["epsilon"]] = score
     return {

@@ -74,8 +74,8 @@ def loss_of(method: str, ratio: float, advantage: float) -> tuple[float, float]:
 def test_the_gradient_of_each_method(method, ratio, advantage):
     got, coef = loss_of(method, ratio, advantage)
     free = -ratio * advantage
-    if method in ("ppo-clip", "clip-higher"):
-        high = 1.2 if method == "ppo-clip" else 1.28
+    if method in ("ppo-clip", "clip-higher", "ppo-tuned"):
+        high = 1.28 if method == "clip-higher" else 1.2
         cut = ratio > high if advantage > 0 else ratio < 0.8
         assert math.isnan(coef)
         assert got == pytest.approx(0.0 if cut else free, abs=1e-6)
