@@ -24,16 +24,19 @@ class VarianceConstraint:
         center: "one" or "group", as given to the loss.
         coef: where λ starts.
         lr: the step η_λ, at least 0: λ moves by a factor between exp(-lr) and exp(lr), whatever its
-            scale, the target's, and the tail of v.
+            scale, the target's, and the tail of v. The form of the step and the default are from
+            examples/STUDY.md, examples/study/dual.png.
         min_coef, max_coef: the bounds of λ, above 0, for from 0 no factor leads back.
         device: where λ lives; `step` takes it to the statistics' device if that is another.
 
     `coef` is a 0-dim float32 tensor, changed in place: pass it as `variance_coef`. A loss keeps the
     λ it was computed with, so `step` may come before `backward`. With `device` given, nothing here
-    waits for the device. Where one batch of rollouts serves several optimizer steps, v is 0 at the
-    first, and the mean over the steps is what is held.
+    waits for the device. What settles at the target is the mean over steps of min(v, 2·target): as
+    λ falls no faster than it rises, the mean of v itself settles above it, where v varies from step
+    to step. It does where a batch of rollouts serves several, with v = 0 at the first.
 
-    Raises: ValueError for an unknown center, a negative number, or bounds that cross.
+    Raises: ValueError for an unknown center, a negative number, a target or min_coef that is not
+    above 0, or bounds that cross.
     Source: DERIVATION.md, Eq. 16.
     """
 
@@ -42,7 +45,7 @@ class VarianceConstraint:
         target: float,
         *,
         center: str = "one",
-        coef: float = 2.5,
+        coef: float = 0.5,
         lr: float = 0.1,
         min_coef: float = 1e-3,
         max_coef: float = 100.0,
@@ -69,9 +72,10 @@ class VarianceConstraint:
         v = stats.second_moment if self.center == "one" else stats.variance
         total = stats.weight.sum()
         pooled = (stats.weight * v).sum() / total
-        excess = (pooled / self.target - 1.0).clamp(max=1.0)
-        moved = (self.coef * (self.lr * excess).exp()).clamp(self.min_coef, self.max_coef)
-        self.coef.copy_(torch.where(torch.isfinite(pooled), moved, self.coef))
+        excess = pooled / self.target - 1.0
+        moved = self.coef * (self.lr * excess.clamp(max=1.0)).exp()
+        moved = moved.clamp(self.min_coef, self.max_coef)
+        self.coef.copy_(torch.where(excess.isfinite(), moved, self.coef))
 
     def state_dict(self) -> dict[str, Any]:
         """λ alone; the settings belong to the constructor."""

@@ -27,7 +27,7 @@ def r2vpo_loss(
     old_logps: Tensor | None,
     advantages: Tensor,
     *,
-    variance_coef: float | Tensor = 2.5,
+    variance_coef: float | Tensor = 0.5,
     center: str | Tensor = "one",
     group_ids: Tensor | None = None,
     num_groups: int | None = None,
@@ -70,7 +70,9 @@ def r2vpo_loss(
         old_logps: like labels, nats, log-probs of the labels when they were sampled. None:
             on-policy, ρ = 1 with the gradient of ρ.
         advantages: per sequence or per token.
-        variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token.
+        variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token. The default is
+            from examples/STUDY.md, examples/study/strength.png: 2.5, PPO's ε = 0.2 by the formula
+            above, learned less at every age of the data, on both tasks.
         center: c: "one"; "group", the weighted mean of ρ in each group; or a float tensor of given
             means (num_groups,), which reproduces "group" exactly where λ is constant in the group.
         group_ids: integers, one per sequence (one per token where there are no sequences).

@@ -28,7 +28,7 @@ BATCH_KEYWORDS = (
     "normalizer",
 )  # fmt: skip
 OBJECTIVE_DEFAULTS: dict[str, Any] = {
-    "variance_coef": 2.5, "center": "one", "ratio_level": "token", "importance_weights": None,
+    "variance_coef": 0.5, "center": "one", "ratio_level": "token", "importance_weights": None,
     "ref_logps": None, "kl_coef": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0,
     "log_ratio_clamp": 20.0, "temperature": 1.0,
 }  # fmt: skip

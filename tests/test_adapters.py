@@ -44,7 +44,7 @@ def case(rows=3, length=5, seed=0):
     return tensors[0].requires_grad_(), *tensors[1:3], mask, tensors[3]
 
 
-def formula(logps, old, advantages, mask, *, coef=2.5, level="token", weight=1.0):
+def formula(logps, old, advantages, mask, *, coef=0.5, level="token", weight=1.0):
     """Per token -s·A·ρ + λ·(ρ - 1)², 0 where masked, in plain torch."""
     logps, old, advantages = (torch.where(mask, x, 0.0) for x in (logps, old, advantages))
     delta = logps - old

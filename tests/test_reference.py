@@ -47,7 +47,7 @@ def for_the_oracle(case, labels: Tensor, keywords: dict):
         "old_logps": per_token("old_logps", None),
         "advantages": per_token("advantages", 0.0),
         "importance_weights": per_token("importance_weights", 1.0),
-        "variance_coef": per_token("variance_coef", 2.5),
+        "variance_coef": per_token("variance_coef", 0.5),
         "temperature": per_token("temperature", 1.0),
         "ref_logps": per_token("ref_logps", None),
         "center": center if isinstance(center, str) else "given",

@@ -541,11 +541,11 @@ def test_dual_moves_once_per_step_by_all_micro_batches(tmp_path, center, loss_ty
     )  # fmt: skip
     inputs = new_inputs()
     *held, moved = accumulate(trainer, split(inputs, 4))
-    assert held == [2.5] * 3
+    assert held == [0.5] * 3
     weight = weights(inputs, loss_type)
     _, ratio = by_formula(trainer, inputs, weight, 0.0)
     v, _ = moment(inputs, ratio, weight, center == "group")
-    assert moved == pytest.approx(stepped(2.5, v), rel=F32)
+    assert moved == pytest.approx(stepped(0.5, v), rel=F32)
     # An evaluation moves nothing, whatever it says of gradients.
     trainer.model.eval()
     assert accumulate(trainer, [inputs]) == [moved]
@@ -580,7 +580,7 @@ def test_dual_keeps_generations_apart(tmp_path):
     trainer.accelerator.gradient_state._set_sync_gradients(True)
     trainer._generation = 2
     run(trainer, second)
-    assert trainer._constraint.coef.item() == pytest.approx(stepped(2.5, v), rel=F32)
+    assert trainer._constraint.coef.item() == pytest.approx(stepped(0.5, v), rel=F32)
     assert trainer._window == {}
 
 
@@ -626,8 +626,8 @@ def test_training_with_dual_and_resuming(tmp_path, monkeypatch, use_linear_loss,
 
     assert resume() == coefs[2]
     (tmp_path / "checkpoint-2" / integration.CONSTRAINT_FILE).unlink()
-    with pytest.warns(UserWarning, match=r"variance_constraint.pt does not exist: .* at 2.5"):
-        assert resume() == 2.5
+    with pytest.warns(UserWarning, match=r"variance_constraint.pt does not exist: .* at 0.5"):
+        assert resume() == 0.5
 
 
 def test_pooled_metrics_are_those_of_the_whole():
@@ -720,7 +720,7 @@ def check_fsdp_on_ranks(rank, path):
     """FSDP2, with a head that is sharded by itself."""
     trainer = new_trainer(path, use_linear_loss=True, per_device_train_batch_size=8)
     inputs = new_inputs(16)
-    expected, _ = by_formula(trainer, inputs, weights(inputs, "dapo"), 2.5)
+    expected, _ = by_formula(trainer, inputs, weights(inputs, "dapo"), 0.5)
     mesh = init_device_mesh("cpu", (RANKS,))
     fully_shard(trainer.model.lm_head, mesh=mesh)
     fully_shard(trainer.model, mesh=mesh)
@@ -763,7 +763,7 @@ def test_ranks_are_one_batch(tmp_path):
         ({"variance_target": 0.1}, "variance_target: got 0.1, expected None: variance_coef_mode"),
         (
             {"variance_coef_mode": "fenchel", "variance_target": 0.1, "variance_coef": 1.0},
-            "variance_coef: got 1.0, expected 2.5: variance_coef_mode 'fenchel' does not read it",
+            "variance_coef: got 1.0, expected 0.5: variance_coef_mode 'fenchel' does not read it",
         ),
         ({"variance_coef_lr": 1.0}, "variance_coef_lr: got 1.0, expected 0.1"),
         ({"sapo_temperature_pos": 3.0}, "sapo_temperature_pos: got 3.0, expected 1.0"),
@@ -786,7 +786,7 @@ def test_options_on_the_command_line():
     assert "variance_target" in parser.format_help()
     given = "--use_cpu --bf16 false --center group --variance_coef_mode dual --variance_target 0.1"
     (config,) = parser.parse_args_and_config(given.split())
-    assert (config.center, config.variance_target, config.variance_coef) == ("group", 0.1, 2.5)
+    assert (config.center, config.variance_target, config.variance_coef) == ("group", 0.1, 0.5)
 
 
 def test_a_configuration_of_grpo_is_refused(tmp_path):

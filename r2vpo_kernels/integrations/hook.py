@@ -21,7 +21,7 @@ from ..objective import R2VPOOutput
 class Settings:
     """What a trainer's configuration can say of the objective, as keywords of `r2vpo_loss`."""
 
-    variance_coef: float = 2.5
+    variance_coef: float = 0.5
     center: str = "one"
     ratio_level: str = "token"
     log_ratio_clamp: float = 20.0

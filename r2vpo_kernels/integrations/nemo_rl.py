@@ -3,7 +3,7 @@
     from r2vpo_kernels.integrations.nemo_rl import R2VPOLossFn
     loss_fn = R2VPOLossFn(config.loss_fn)
 
-after setup(...), and in the YAML, beside the keys of loss_fn: variance_coef: 2.5, log_ratio_clamp:
+after setup(...), and in the YAML, beside the keys of loss_fn: variance_coef: 0.5, log_ratio_clamp:
 20. The clip ranges are not read. The surrogate, its importance weights, KL and the metrics that
 the trainer insists on are NeMo-RL's; sequence_level_importance_ratios and token_level_loss hold
 for the penalty too. What its corrections drop from the surrogate keeps its penalty, and

@@ -3,7 +3,7 @@
     [trainer.loss]
     type = "custom"
     import_path = "r2vpo_kernels.integrations.prime_rl.r2vpo_loss_fn"
-    kwargs = { variance_coef = 2.5 }
+    kwargs = { variance_coef = 0.5 }
 
 kwargs are keywords of `r2vpo_loss_from_logps`; kl_coef needs an algorithm that ships ref_logprobs.
 The old log-probs are the inference engine's. prime-rl divides the sum over samples by its global

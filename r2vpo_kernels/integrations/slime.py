@@ -1,6 +1,6 @@
 """slime 0.3.1: a custom loss of its Megatron trainer.
 
-    --loss-type custom_loss --custom-config-path r2vpo.yaml  # r2vpo_variance_coef: 2.5, ...
+    --loss-type custom_loss --custom-config-path r2vpo.yaml  # r2vpo_variance_coef: 0.5, ...
     --custom-loss-function-path r2vpo_kernels.integrations.slime.r2vpo_loss_function
 
 It stands in for slime's policy loss, and --entropy-coef, --use-kl-loss, --kl-loss-coef,

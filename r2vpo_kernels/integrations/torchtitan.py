@@ -1,7 +1,7 @@
 """torchtitan 0.3, experiments/rl: a loss of its PolicyTrainer, alone or inside ChunkedLossWrapper.
 
     from r2vpo_kernels.integrations.torchtitan import R2VPOLoss
-    loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=R2VPOLoss.Config(variance_coef=2.5)),
+    loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=R2VPOLoss.Config(variance_coef=0.5)),
 
 The old log-probs are the generator's; tokens where they are not finite are left out, as they are
 of the trainer's denominator. The log-probs are torchtitan's own, which knows how logits are

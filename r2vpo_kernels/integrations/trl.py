@@ -102,11 +102,11 @@ class R2VPOConfig(GRPOConfig):
     """
 
     variance_coef: float = field(
-        default=2.5,
+        default=0.5,
         metadata={
             "help": "λ, the coefficient of the penalty λ(ρ - c)² on the importance ratio ρ; where "
-            "it starts with `variance_coef_mode='dual'`. At 2.5 = 1/(2·0.2) the gradient of a "
-            "token with |A| = 1 vanishes at ρ = 1 ± 0.2."
+            "it starts with `variance_coef_mode='dual'`. The gradient of a token vanishes at "
+            "ρ = 1 + A/(2λ). For rollouts that are several updates old smaller values are better."
         },
     )
     variance_coef_mode: str = field(
