@@ -76,7 +76,7 @@ METHODS = (
 # "ppo-tuned" chooses from what is tried of "ppo-clip".
 SWEPT = tuple(method for method in METHODS if method != "ppo-tuned")
 # (age, reuse)
-SETTINGS = [(0, 1), (1, 1), (2, 1), (3, 1), (5, 1), (0, 2), (0, 4)]
+SETTINGS = [(0, 1), (1, 1), (2, 1), (3, 1), (5, 1), (0, 2)]
 SHORT_SETTINGS = [(0, 1), (5, 1)]
 SEEDS = range(5)
 # What the sweep tries, on seeds and at ages of its own.
