@@ -183,16 +183,18 @@ def print_results(runs: Runs) -> None:
                     line.append(cell.text(0 if name == "rollouts needed" else 3))
                 lines.append(line)
             print_table(f"{task}: {name}{against}", ["", *names], lines)
-    lines = []
-    for method in METHODS:
-        fixed = {"method": method, "age": OLD, "reuse": 1}
-        line = [method]
-        for task, name in itertools.product(TASKS, ("final success", "mean success")):
-            line.append(difference(runs, name, fixed | {"task": task}, clip).text(3))
-        lines.append(line)
-    columns = [f"{task}: {name}" for task in TASKS for name in ("final", "mean")]
-    ages = ", ".join(map(str, OLD))
-    print_table(f"success at ages {ages} together, less ppo-clip's", ["", *columns], lines)
+    for rival in ("ppo-clip", "ppo-tuned"):
+        lines = []
+        for method in METHODS:
+            fixed = {"method": method, "age": OLD, "reuse": 1}
+            line = [method]
+            for task, name in itertools.product(TASKS, ("final success", "mean success")):
+                other = {"method": rival}
+                line.append(difference(runs, name, fixed | {"task": task}, other).text(3))
+            lines.append(line)
+        columns = [f"{task}: {name}" for task in TASKS for name in ("final", "mean")]
+        ages = ", ".join(map(str, OLD))
+        print_table(f"success at ages {ages} together, less {rival}'s", ["", *columns], lines)
     lines = []
     for method in HOLD_A_TARGET:
         line = [method]

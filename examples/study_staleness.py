@@ -1,7 +1,7 @@
 """Does the soft brake do what it promises? Clipping against ratio variance on stale data.
 
     python examples/study_staleness.py          # a short form, under 10 minutes on two cores
-    python examples/study_staleness.py --full   # all of it, its sweep included: COST
+    python examples/study_staleness.py --full   # all of it, with its sweep: 80 minutes
     python examples/study_report.py             # tables and figures of what has been run so far
 
 The small transformer of train_tiny.py learns from rollouts that are 0 to 5 policy updates old. An
@@ -388,7 +388,11 @@ def finish(name: str, runs: Iterable[Run], path: Path, workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--full", action="store_true", help="the sweep, all ages, 5 seeds: COST")
+    add(
+        "--full",
+        action="store_true",
+        help="the sweep, all ages, 5 seeds: some 80 minutes on two cores",
+    )
     add("--out", type=Path, help="folder to write (default: study, with --full study/full)")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     args = parser.parse_args()
