@@ -71,8 +71,8 @@ def r2vpo_loss(
             on-policy, ρ = 1 with the gradient of ρ.
         advantages: per sequence or per token.
         variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token. The default is
-            from examples/STUDY.md, examples/study/strength.png: with 2.5, for which ρ is 1 ± 0.2
-            above at |A| = 1, less was learned on both tasks, from new data and old.
+            from examples/STUDY.md, examples/study/strength.png: with 2.5, where that ρ is 1 ± 0.2
+            at |A| = 1, less was learned on both tasks, from new data and from old.
         center: c: "one"; "group", the weighted mean of ρ in each group; or a float tensor of given
             means (num_groups,), which reproduces "group" exactly where λ is constant in the group.
         group_ids: integers, one per sequence (one per token where there are no sequences).
