@@ -8,8 +8,8 @@ The task: six digits and "=", then the same digits in order, as in `314159=11345
 supervised warm-up leaves a model that greedily answers about one prompt in three. Then each batch
 of rollouts samples a group of 8 completions for each of 96 prompts, rewards each with its share of
 right digits, takes advantages relative to the group, and makes 8 optimizer steps on those samples.
-So the policy leaves the one that sampled, the ratio ρ leaves 1, and the dual moves λ to hold
-v = E[(ρ - 1)²] at its target. Success is exact answers by greedy decoding on 512 held-out prompts,
+So the policy leaves the one that sampled, the ratio ρ leaves 1, and the dual moves λ to bring
+v = E[(ρ - 1)²] to its target. Success is exact answers by greedy decoding on 512 held-out prompts,
 drawn from a seed of their own; of the million prompts there are, training sees some 2 %.
 
 Writes a CSV for each seed and one plot into --out; its curves are of the rollouts, sampled.
@@ -234,7 +234,7 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
             "step": step,
             "reward": rewards.mean().item(),
             "success": right.all(1).float().mean().item(),
-            # Over all steps, the first with ρ = 1 too: this mean is what the dual holds.
+            # Over all steps, the first with ρ = 1 too: what the dual steers.
             "ratio_var": sum(stats[1:], stats[0]).second_moment.item(),
             "target": args.target,
             "lambda": constraint.coef.item() if args.loss == "r2vpo" else math.nan,
@@ -276,7 +276,7 @@ def plot(runs: dict[int, list[Row]], loss: str, path: Path) -> None:
         (1, "ratio_var", "-", "v"),
         (2, "lambda", "-", "λ"),
     ]
-    held = "target, held by λ"
+    held = "target"
     if loss != "r2vpo":
         ylabels, curves, held = ylabels[:2], curves[:3], "R²VPO's target, not held here"
     figure = Figure(figsize=(7, 2.6 * len(ylabels)), layout="constrained")
