@@ -129,13 +129,20 @@ class Interval:
         return f"{reached} of {len(self.values)} reach it" if self.values else ""
 
 
+def having(runs: Runs, **fixed: Any) -> Runs:
+    """Those with these fields, where a tuple allows several values."""
+
+    def fits(run: Run, field: str, value: Any) -> bool:
+        return getattr(run, field) in (value if isinstance(value, tuple) else (value,))
+
+    return {r: rows for r, rows in runs.items() if all(fits(r, *item) for item in fixed.items())}
+
+
 def by_seed(runs: Runs, name: str, **fixed: Any) -> dict[int, float]:
-    """seed → a measure of the runs with these fields, its mean where a tuple allows several."""
+    """seed → a measure of the runs with these fields, its mean over what a tuple allows."""
     found: dict[int, list[float]] = defaultdict(list)
-    for run, rows in runs.items():
-        have = ((getattr(run, field), value) for field, value in fixed.items())
-        if all(a in b if isinstance(b, tuple) else a == b for a, b in have):
-            found[run.seed].append(MEASURES[name](run, rows))
+    for run, rows in having(runs, **fixed).items():
+        found[run.seed].append(MEASURES[name](run, rows))
     return {seed: sum(values) / len(values) for seed, values in found.items()}
 
 
@@ -261,18 +268,14 @@ def curve(axis: Axes, points: list[tuple[float, Interval]], line: dict[str, Any]
 
 def over_training(axis: Axes, runs: Runs, name: str, line: dict[str, Any], **fixed: Any) -> None:
     """A column of the records against the rollouts consumed; "v / target" too."""
-    fields = fixed.items()
-    found = [(r, rows) for r, rows in runs.items() if all(getattr(r, k) == v for k, v in fields)]
+    found = having(runs, **fixed)
     points = []
-    for records in zip(*(rows for _, rows in found), strict=True):
-        if name == "v / target":
-            values = [
-                row.get("ratio_var", math.nan) / run.epsilon**2
-                for (run, _), row in zip(found, records, strict=True)
-            ]
-        else:
-            values = [row[name] for row in records]
-        batches = math.ceil(records[0]["update"] / found[0][0].reuse)
+    for records in zip(*found.values(), strict=True):
+        values = [
+            row["ratio_var"] / run.epsilon**2 if name == "v / target" else row[name]
+            for run, row in zip(found, records, strict=True)
+        ]
+        batches = math.ceil(records[0]["update"] / next(iter(found)).reuse)
         points.append((batches * PROMPTS * GROUP, Interval.of(values)))
     curve(axis, points, line)
 

@@ -12,7 +12,7 @@ from .objective import CENTERS, RatioStats
 
 
 class VarianceConstraint:
-    """Dual ascent on the constraint v ≤ target, in log λ (Eq. 16):
+    """Dual ascent on the constraint v ≤ target, by exponentiated gradient steps (Eq. 16):
 
         coef = (coef * exp(lr * min(v / target - 1, 1))).clamp(min_coef, max_coef)
 

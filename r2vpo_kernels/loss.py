@@ -72,7 +72,7 @@ def r2vpo_loss(
         advantages: per sequence or per token.
         variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token. The default is
             from examples/STUDY.md, examples/study/strength.png: with 2.5, where that ρ is 1 ± 0.2
-            at |A| = 1, less was learned on both tasks, from new data and from old.
+            at |A| = 1, less was learned on both tasks, from data one and five updates old.
         center: c: "one"; "group", the weighted mean of ρ in each group; or a float tensor of given
             means (num_groups,), which reproduces "group" exactly where λ is constant in the group.
         group_ids: integers, one per sequence (one per token where there are no sequences).

@@ -106,7 +106,7 @@ class R2VPOConfig(GRPOConfig):
         metadata={
             "help": "λ, the coefficient of the penalty λ(ρ - c)² on the importance ratio ρ; where "
             "it starts with `variance_coef_mode='dual'`. The gradient of a token vanishes at "
-            "ρ = 1 + A/(2λ). For rollouts that are several updates old smaller values are better."
+            "ρ = 1 + A/(2λ)."
         },
     )
     variance_coef_mode: str = field(
