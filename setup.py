@@ -1,7 +1,8 @@
-"""Builds the C++ kernels, and CUDA ones where there are sources and nvcc, through ninja.
+"""Builds the C++ kernels and, where there is nvcc, the CUDA kernels, through ninja.
 
 No torch is needed, and no extension is required: where one cannot be built the package installs
-without it, and `python -m r2vpo_kernels` says what was missing.
+without it, and `python -m r2vpo_kernels` says what was missing. R2VPO_KERNELS_CUDA=0 in the
+environment leaves the CUDA kernels out.
 """
 
 import json
@@ -25,7 +26,7 @@ FLAGS = (
     "-fno-trapping-math -Wall -Wextra -Wno-unknown-warning-option -Wno-psabi "
     "-Wno-maybe-uninitialized"
 )
-NVCC_FLAGS = "-std=c++17 -O3 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
+NVCC_FLAGS = "-std=c++17 -O3 -t 0 -fmad=false -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
 CUDA_TARGETS = ("80", "90a", "100a")
 # One object of the kernels for each instruction set, with its flags; chosen between at run time.
 INSTRUCTION_SETS = {"baseline": ""}
@@ -83,6 +84,12 @@ def first_error(output):
             if words in line and "linker command failed" not in line and "ld returned" not in line:
                 return line
     return lines[-1] if lines else "no output"
+
+
+def version_of(command, word=""):
+    """The first line with `word` of what a compiler says of itself."""
+    output = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    return next((line for line in output.splitlines() if word in line), command[0])
 
 
 def backend_of(extension):
@@ -153,7 +160,8 @@ class BuildWithNinja(build_ext):
         for output, rule, source, own in objects:
             lines += [f"build {output}: {rule} {escaped_path(source.resolve())}"]
             lines += [f"  flags = {own}"]
-        link = "nvcc_link" if any(rule == "nvcc" for _, rule, *_ in objects) else "link"
+        on_gpu = any(rule == "nvcc" for _, rule, *_ in objects)
+        link = "nvcc_link" if on_gpu else "link"
         outputs = " ".join(output for output, *_ in objects)
         lines.append(f"build {escaped_path(target)}: {link} {outputs}")
         script = folder / f"{ext.name}.ninja"
@@ -162,10 +170,11 @@ class BuildWithNinja(build_ext):
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(run.stdout)
         if run.returncode or not target.exists():
-            raise CannotBuild(f"{compiler[0]} failed: {first_error(run.stdout)}")
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-        built_for = INSTRUCTION_SETS if link == "link" else (f"sm_{t}" for t in CUDA_TARGETS)
-        return f"built by {version.partition(chr(10))[0]} for {', '.join(built_for)}"
+            name = "nvcc" if on_gpu else compiler[0]
+            raise CannotBuild(f"{name} failed: {first_error(run.stdout)}")
+        version = version_of(["nvcc"], "release") if on_gpu else version_of(compiler)
+        built_for = (f"sm_{t}" for t in CUDA_TARGETS) if on_gpu else INSTRUCTION_SETS
+        return f"built by {version} for {', '.join(built_for)}"
 
 
 def extension(name, sources):
@@ -173,9 +182,8 @@ def extension(name, sources):
     return Extension(f"r2vpo_kernels.backends._{name}", sources, optional=True)
 
 
-extensions = [extension("cpp", [CSRC / "bind.cpp", *CSRC.glob("cpu/*.cpp")])]
-cuda_sources = [*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")]
-if cuda_sources and shutil.which("nvcc"):
-    extensions.append(extension("cuda", cuda_sources))
+extensions = [extension("cpp", CSRC.glob("cpu/*.cpp"))]
+if shutil.which("nvcc") and os.environ.get("R2VPO_KERNELS_CUDA") != "0":
+    extensions.append(extension("cuda", [*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")]))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildWithNinja})

@@ -6,6 +6,7 @@ from importlib import metadata
 import torch
 
 from . import ops
+from .backends.compiled import build_report
 
 
 def _version(package: str) -> str:
@@ -23,11 +24,13 @@ def main() -> None:
     if "cpp" in ops.KERNELS:
         cpp = ops.KERNELS["cpp"]
         sets = " < ".join(cpp.INSTRUCTION_SETS)
-        print(f"cpp {cpp.build_report()}; here {cpp.INSTRUCTION_SET} (of {sets})")
+        print(f"cpp {build_report('cpp')}; here {cpp.INSTRUCTION_SET} (of {sets})")
+    if "cuda" in ops.KERNELS:
+        print(f"cuda {build_report('cuda')}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")
-        print(f"cuda {torch.cuda.get_device_name()}")
+        print(f"GPU {torch.cuda.get_device_name()}")
     for device in devices:
         logits = torch.empty(1, 1, 1, device=device)
         print(f"\nbackends for {device} tensors (auto: {ops.choose_backend('auto', logits)})")

@@ -23,15 +23,19 @@ if TYPE_CHECKING:
     from .objective import Objective
     from .tensor_parallel import VocabularyShard
 
-BACKENDS = ("auto", "eager", "triton", "cpp")
+BACKENDS = ("auto", "eager", "triton", "cpp", "cuda")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTOR_BYTES = 16
 
+# (device, dtype, V) for which a file in benchmarks/results shows the CUDA kernels right and faster
+# than Triton's; a test holds it to those files.
+CUDA_IS_FASTER: frozenset[tuple[str, torch.dtype, int]] = frozenset()
+
 # The modules of kernels, and why one is not here.
 KERNELS: dict[str, ModuleType] = {}
 _MISSING: dict[str, str] = {}
-for _name, _module in (("triton", "triton_kernels"), ("cpp", "cpp")):
+for _name, _module in (("triton", "triton_kernels"), ("cpp", "cpp"), ("cuda", "cuda")):
     try:
         KERNELS[_name] = importlib.import_module(f".backends.{_module}", __package__)
     except ImportError as _error:
@@ -48,17 +52,31 @@ def why_not(backend: str, logits: Tensor) -> str | None:
         return f"it takes float32, bfloat16 and float16, and logits are {logits.dtype}"
     if backend == "cpp" and logits.device.type != "cpu":
         return f"it runs on a CPU, and logits are on {logits.device}"
-    if backend == "triton" and not (logits.is_cuda or KERNELS["triton"].INTERPRETED):
+    if (backend == "triton" and KERNELS["triton"].INTERPRETED) or (
+        backend == "cuda" and KERNELS["cuda"].EMULATED
+    ):
+        return None
+    if backend != "cpp" and not logits.is_cuda:
         return f"it runs on a GPU, and logits are on {logits.device}"
-    return None
+    return KERNELS["cuda"].why_not(logits.device) if backend == "cuda" else None
+
+
+def _cuda_is_faster(logits: Tensor) -> bool:
+    # On CUDA_IS_FASTER nothing stands yet, and then no device is asked for its name.
+    if not CUDA_IS_FASTER or why_not("cuda", logits):
+        return False
+    device = torch.cuda.get_device_properties(logits.device).name
+    return (device, logits.dtype, logits.shape[-1]) in CUDA_IS_FASTER
 
 
 def choose_backend(name: str, logits: Tensor) -> str:
-    """The backend to run; `auto`: Triton on a GPU, C++ on a CPU, eager where they cannot."""
+    """The backend to run; `auto`: on a GPU CUDA where it is known to be faster, else Triton; on a
+    CPU C++; eager where they cannot.
+    """
     if not (isinstance(name, str) and name in BACKENDS):
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if name == "auto":
-        name = "triton" if logits.is_cuda else "cpp"
+        name = ("cuda" if _cuda_is_faster(logits) else "triton") if logits.is_cuda else "cpp"
         return "eager" if why_not(name, logits) else name
     reason = why_not(name, logits)
     if reason is not None:
@@ -154,9 +172,17 @@ def _check_arguments(
     if not (whole and (logits.shape[2] == 1 or logits.stride(2) == 1)):
         got = f"shape {tuple(logits.shape)}, strides {logits.stride()}"
         raise ValueError(f"{name}: got {got}, expected (B, T, V) with a contiguous vocabulary")
+    if logits.shape[2] >= 2**31:
+        raise ValueError(f"{name}: got a vocabulary of {logits.shape[2]}, expected less than 2^31")
     if backend not in KERNELS or why_not(backend, logits):
         expected = f"one of {', '.join(KERNELS)} that takes them"
         raise ValueError(f"backend: got {backend!r} for {logits.dtype} logits, expected {expected}")
+    if backend != "cpp" and logits.untyped_storage().data_ptr() % VECTOR_BYTES:
+        # `_empty_gradient` would not lie like it.
+        raise ValueError(
+            f"{name}: got memory that does not begin at a 16-byte boundary, expected memory that "
+            "does: clone them"
+        )
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator: got {kl_estimator!r}, expected one of {KL_ESTIMATORS}")
     tokens = logits.shape[0] * logits.shape[1]

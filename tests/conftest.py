@@ -11,10 +11,16 @@ if DEVICE_NAME == "cpu":
     # Before Triton is imported: the interpreter and the compiler do not mix in one process.
     os.environ["TRITON_INTERPRET"] = "1"
 
+    # The test of the CUDA kernels' source on a machine without a GPU.
+    from emulator.build import emulate_cuda
+
+    emulate_cuda()
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from r2vpo_kernels import ops  # noqa: E402
 from r2vpo_kernels.backends import triton_kernels  # noqa: E402
 
 # The trainers are installed for one Python (requirements-dev.txt).
@@ -47,7 +53,7 @@ def _poison():
     assert torch.zeros(1).new_empty(3).isnan().all()
 
 
-KERNELS = ["triton", "cpp"] if DEVICE_NAME == "cpu" else ["triton"]
+KERNELS = [name for name in ops.KERNELS if name != "cpp" or DEVICE_NAME == "cpu"]
 
 
 @pytest.fixture(scope="session", params=["eager", *KERNELS])

@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels.h"
+#include "cpu.h"
 #include "vector.h"
 
 namespace r2vpo {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 // Columns that are summed in float32: 64 to a lane, so that no chain of additions is longer.
@@ -20,12 +19,6 @@ constexpr std::int64_t kAhead = 8192;
 // Bytes that a thread takes at a time, in whole rows: enough to be worth asking for, and where there
 // is enough for everyone several huge pages, which two threads that touch one first would both clear.
 constexpr std::int64_t kLeast = std::int64_t{1} << 16, kMost = std::int64_t{1} << 22;
-
-// What the first look at a row finds: the label's log-prob, max z, log2 of the sum about it, the
-// entropy.
-struct Look {
-  float logp, top, log_total, entropy;
-};
 
 // body(x) for each vector of columns from `begin` to `end`.
 template <typename T, typename Body>
@@ -126,7 +119,7 @@ void second_look(const T* row, T* grad_row, std::int64_t vocabulary, std::int64_
 }
 
 template <typename T, typename Body>
-void for_each_row(const Rows& rows, Body body) {
+void for_each_row(const CpuRows& rows, Body body) {
   const T* logits = static_cast<const T*>(rows.logits);
   T* dlogits = static_cast<T*>(rows.dlogits);
   const std::int64_t tokens = rows.batch * rows.length;
@@ -154,7 +147,7 @@ void zero(T* row, std::int64_t vocabulary) {
 }
 
 template <bool kEntropy, typename T>
-void logps_forward_of(const Rows& rows, const LogpsForward& a) {
+void logps_forward_of(const CpuRows& rows, const LogpsForward& a) {
   for_each_row<T>(rows, [&](std::int64_t i, const T* row, T*) {
     Look look = {};
     if (a.labels[i] >= 0) {
@@ -168,7 +161,7 @@ void logps_forward_of(const Rows& rows, const LogpsForward& a) {
 }
 
 template <bool kEntropy, typename T>
-void logps_backward_of(const Rows& rows, const LogpsBackward& a) {
+void logps_backward_of(const CpuRows& rows, const LogpsBackward& a) {
   for_each_row<T>(rows, [&](std::int64_t i, const T* row, T* grad_row) {
     if (a.labels[i] < 0) return zero(grad_row, rows.vocabulary);
     const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
@@ -178,26 +171,17 @@ void logps_backward_of(const Rows& rows, const LogpsBackward& a) {
 }
 
 template <bool kEntropy, typename T>
-void one_pass_of(const Rows& rows, const OnePass& a) {
+void one_pass_of(const CpuRows& rows, const OnePass& a) {
   for_each_row<T>(rows, [&](std::int64_t i, const T* row, T* grad_row) {
     Look look = {};
     if (a.labels[i] < 0) {
       zero(grad_row, rows.vocabulary);
     } else {
       look = first_look<kEntropy>(row, rows.vocabulary, a.labels[i], a.temperature[i]);
-      Token token;
-      token.weight = a.weight[i];
-      token.old_logp = a.old_logps ? a.old_logps[i] : look.logp;
-      token.advantage = a.advantages[i];
-      token.variance_coef = a.variance_coef[i];
-      token.center = a.center[i];
-      token.ref_logp = a.ref_logps ? a.ref_logps[i] : 0.0f;
-      token.kl_coef = a.kl_coef;
-      token.clamp = a.log_ratio_clamp;
-      token.kl = a.kl;
+      const Token token = token_of(a, i, look.logp);
       second_look<kEntropy>(row, grad_row, rows.vocabulary, a.labels[i], a.temperature[i], look,
                             loss_slope(look.logp, token),
-                            kEntropy ? -token.weight * a.entropy_coef : 0.0f);
+                            kEntropy ? -token.weight * *a.entropy_coef : 0.0f);
     }
     a.logps[i] = look.logp;
     if (kEntropy) a.entropy[i] = look.entropy;
@@ -205,7 +189,9 @@ void one_pass_of(const Rows& rows, const OnePass& a) {
 }
 
 template <typename T>
-void scale_of(const Rows& rows, float factor) {
+void scale_of(const CpuRows& rows, const Scale& a) {
+  const float factor = *a.upstream;
+  if (factor == 1.0f) return;
   for_each_row<T>(rows, [&](std::int64_t, const T* row, T* grad_row) {
     transform(row, grad_row, rows.vocabulary, [&](Floats dz) { return dz * factor; });
   });
@@ -221,29 +207,29 @@ void with_type(Dtype dtype, Body body) {
   }
 }
 
-void logps_forward(const Rows& rows, const LogpsForward& a) {
+void logps_forward(const CpuRows& rows, const LogpsForward& a) {
   with_type(rows.dtype, [&](auto z) {
     using T = decltype(z);
     a.entropy ? logps_forward_of<true, T>(rows, a) : logps_forward_of<false, T>(rows, a);
   });
 }
 
-void logps_backward(const Rows& rows, const LogpsBackward& a) {
+void logps_backward(const CpuRows& rows, const LogpsBackward& a) {
   with_type(rows.dtype, [&](auto z) {
     using T = decltype(z);
     a.entropy ? logps_backward_of<true, T>(rows, a) : logps_backward_of<false, T>(rows, a);
   });
 }
 
-void one_pass(const Rows& rows, const OnePass& a) {
+void one_pass(const CpuRows& rows, const OnePass& a) {
   with_type(rows.dtype, [&](auto z) {
     using T = decltype(z);
     a.entropy ? one_pass_of<true, T>(rows, a) : one_pass_of<false, T>(rows, a);
   });
 }
 
-void scale(const Rows& rows, float factor) {
-  with_type(rows.dtype, [&](auto z) { scale_of<decltype(z)>(rows, factor); });
+void scale(const CpuRows& rows, const Scale& a) {
+  with_type(rows.dtype, [&](auto z) { scale_of<decltype(z)>(rows, a); });
 }
 
 void exp2_of(const float* in, float* out, std::int64_t count) {
@@ -253,6 +239,7 @@ void exp2_of(const float* in, float* out, std::int64_t count) {
 
 }  // namespace
 
-extern const Kernels R2VPO_KERNELS = {logps_forward, logps_backward, one_pass, scale, exp2_of};
+extern const CpuKernels R2VPO_KERNELS = {{logps_forward, logps_backward, one_pass, scale},
+                                         exp2_of};
 
 }  // namespace r2vpo

@@ -395,11 +395,6 @@ def _launch(kernel, logits, dlogits, tensors, persistent=False, **flags) -> None
     vector = VECTOR_BYTES // logits.element_size()
     misaligned = logits.data_ptr() % VECTOR_BYTES // logits.element_size()
     big = [logits] if dlogits is None else [logits, dlogits]
-    if any(x.untyped_storage().data_ptr() % VECTOR_BYTES for x in big):
-        raise ValueError(
-            "logits: got memory that does not begin at a 16-byte boundary, expected memory that "
-            "does: clone them"
-        )
     # The stride of a dimension of size 1 is arbitrary and never used.
     strides = [x.stride(dim) if x.shape[dim] > 1 else 0 for x in big for dim in (0, 1)]
     aligned = all(n % vector == 0 for n in (vocabulary, misaligned, *strides))

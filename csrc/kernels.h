@@ -1,5 +1,6 @@
-// What each kernel is given. Everything has been checked by the caller: pointers are valid for the
-// shapes, per-token arrays hold batch·length numbers in order, and the vocabulary is contiguous.
+// What each kernel is given, on a CPU and on a GPU. Everything has been checked by the caller:
+// pointers are valid for the shapes, per-token arrays hold batch·length numbers in order, and the
+// vocabulary is contiguous.
 //
 // A label below 0 marks a row that is not read, and whose gradient row is zeros; a label of the
 // vocabulary's size or more reads nothing and makes that token's log-prob NaN.
@@ -7,9 +8,11 @@
 
 #include <cstdint>
 
-#include "../token.h"
+#include "token.h"
 
 namespace r2vpo {
+
+constexpr float kLog2E = 1.4426950408889634f;
 
 enum class Dtype { float32, bfloat16, float16 };
 
@@ -22,7 +25,6 @@ struct Rows {
   std::int64_t stride_batch, stride_token;
   void* dlogits;  // null where there is none
   std::int64_t grad_stride_batch, grad_stride_token;
-  int threads;
 };
 
 // `entropy` is null where it is not wanted, here and below.
@@ -55,25 +57,47 @@ struct OnePass {
   const float* variance_coef;
   const float* center;
   const float* ref_logps;  // null: no KL term
-  float kl_coef, entropy_coef, log_ratio_clamp;
+  const float* kl_coef;    // one number each, as the next two
+  const float* entropy_coef;
+  const float* log_ratio_clamp;
   KL kl;
   float* logps;
   float* entropy;
 };
 
-// The same kernels, compiled for one instruction set.
-struct Kernels {
-  void (*logps_forward)(const Rows&, const LogpsForward&);
-  void (*logps_backward)(const Rows&, const LogpsBackward&);
-  void (*one_pass)(const Rows&, const OnePass&);
-  void (*scale)(const Rows&, float factor);
-  void (*exp2)(const float* in, float* out, std::int64_t count);  // for its test
+// The rows' gradient times one number, in place; by 1 nothing is read or written.
+struct Scale {
+  const float* upstream;
 };
 
-extern const Kernels kernels_baseline;
-#if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
-#endif
+// The kernels of one backend, or of one instruction set; R is Rows and what says where they run.
+template <typename R>
+struct Kernels {
+  void (*logps_forward)(const R&, const LogpsForward&);
+  void (*logps_backward)(const R&, const LogpsBackward&);
+  void (*one_pass)(const R&, const OnePass&);
+  void (*scale)(const R&, const Scale&);
+};
+
+// What the first look at a row finds: the label's log-prob, max z, log2 of the sum about it, the
+// entropy.
+struct Look {
+  float logp, top, log_total, entropy;
+};
+
+// The numbers of token i that Eq. 7 is made of.
+R2VPO_TOKEN Token token_of(const OnePass& a, std::int64_t i, float logp) {
+  Token token;
+  token.weight = a.weight[i];
+  token.old_logp = a.old_logps ? a.old_logps[i] : logp;
+  token.advantage = a.advantages[i];
+  token.variance_coef = a.variance_coef[i];
+  token.center = a.center[i];
+  token.ref_logp = a.ref_logps ? a.ref_logps[i] : 0.0f;
+  token.kl_coef = *a.kl_coef;
+  token.clamp = *a.log_ratio_clamp;
+  token.kl = a.kl;
+  return token;
+}
 
 }  // namespace r2vpo

@@ -1,0 +1,34 @@
+// From a call to the instance of the kernel for its dtype, with entropy or without.
+#pragma once
+
+#include "cuda.h"
+
+namespace r2vpo {
+
+// To::launch<T, A, kEntropy>(rows, a), with To's own types T.
+template <typename To>
+class Dispatch {
+  template <typename A, bool kEntropy>
+  static void by_type(const CudaRows& rows, const A& a) {
+    switch (rows.dtype) {
+      case Dtype::float32:
+        return To::template launch<typename To::Float32, A, kEntropy>(rows, a);
+      case Dtype::bfloat16:
+        return To::template launch<typename To::BFloat16, A, kEntropy>(rows, a);
+      case Dtype::float16:
+        return To::template launch<typename To::Float16, A, kEntropy>(rows, a);
+    }
+  }
+
+  template <typename A>
+  static void by_entropy(const CudaRows& rows, const A& a) {
+    a.entropy ? by_type<A, true>(rows, a) : by_type<A, false>(rows, a);
+  }
+
+ public:
+  static constexpr Kernels<CudaRows> kernels = {by_entropy<LogpsForward>,
+                                                by_entropy<LogpsBackward>, by_entropy<OnePass>,
+                                                by_type<Scale, false>};
+};
+
+}  // namespace r2vpo

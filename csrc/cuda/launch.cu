@@ -1,0 +1,97 @@
+// From a call to a launch: the plan for the rows, a persistent grid, and CUDA's errors.
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+#include "machine.h"
+
+namespace r2vpo {
+namespace {
+
+// Chunks of a row that registers hold where there are no clusters: as many as are left over, of the
+// 168 that a thread of nine warps may have.
+constexpr int held(bool entropy) { return entropy ? 9 : 10; }
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+template <typename T, typename A, bool kEntropy, int kHeld>
+__global__ void __launch_bounds__(Gpu::kThreads, kHeld ? 1 : 2)
+    kernel(const __grid_constant__ CudaRows rows, const __grid_constant__ A a, int stages) {
+#if __CUDA_ARCH__ >= 900
+  // A cluster holds what one block cannot.
+  if constexpr (kHeld > 0) return;
+#endif
+  Gpu gpu;
+  live<Gpu, T, A, kEntropy, kHeld>(gpu, rows, a, stages);
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+Limits limits_of(int device) {
+  return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9};
+}
+
+struct Launcher {
+  using Float32 = r2vpo::Float32;
+  using BFloat16 = r2vpo::BFloat16;
+  using Float16 = r2vpo::Float16;
+
+  template <typename T, typename A, bool kEntropy>
+  static void launch(const CudaRows& rows, const A& a) {
+    const std::int64_t tokens = rows.batch * rows.length;
+    if (tokens == 0) return;
+    check(cudaSetDevice(rows.device), "cudaSetDevice");
+    const std::int64_t words = rows.vocabulary / Place<T>::kColumns;
+    const Plan plan = make_plan(limits_of(rows.device), words);
+    // Only between two looks is there anything to hold.
+    constexpr bool kTwo = Looks<A>::kFirst && Looks<A>::kSecond;
+    auto* const function =
+        plan.holds && kTwo ? kernel<T, A, kEntropy, kTwo ? held(kEntropy) : 0> : kernel<T, A, kEntropy, 0>;
+    const int bytes = kControl + plan.stages * kChunk * kWordBytes;
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          "cudaFuncSetAttribute");
+
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = plan.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = plan.cluster;
+    config.blockDim = Gpu::kThreads;
+    config.dynamicSmemBytes = bytes;
+    config.stream = static_cast<cudaStream_t>(rows.stream);
+    config.attrs = &cluster;
+    config.numAttrs = plan.cluster > 1;
+    // As many as the device holds at once: one more would wait for the others' end.
+    int resident = 0;
+    if (plan.cluster > 1) {
+      check(cudaOccupancyMaxActiveClusters(&resident, function, &config),
+            "cudaOccupancyMaxActiveClusters");
+    } else {
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, Gpu::kThreads, bytes),
+            "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+      resident *= attribute(cudaDevAttrMultiProcessorCount, rows.device);
+    }
+    if (resident == 0) throw std::runtime_error("the device holds no block of this size");
+    config.gridDim = plan.cluster * static_cast<int>(std::min<std::int64_t>(resident, tokens));
+    check(cudaLaunchKernelEx(&config, function, rows, a, plan.stages), "cudaLaunchKernelEx");
+  }
+};
+
+}  // namespace
+
+extern const Kernels<CudaRows> kernels_cuda = Dispatch<Launcher>::kernels;
+
+}  // namespace r2vpo

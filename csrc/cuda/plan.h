@@ -1,0 +1,57 @@
+// How a row is shared out over the chip: by what the device has, the length of the row and nothing
+// else, so that a row's result depends on no batch. No CUDA header is needed.
+#pragma once
+
+#include <cstdint>
+
+namespace r2vpo {
+
+constexpr int kWordBytes = 16;
+// Of a block: the warps that compute, and the words that each of their threads has in a chunk.
+constexpr int kWarps = 8, kWords = 2;
+constexpr int kChunk = kWarps * 32 * kWords;
+// Bytes of shared memory before the ring.
+constexpr int kControl = 1024;
+constexpr int kMostStages = 28, kLargestCluster = 8;
+
+// Of a device: shared memory that a block may have and that a multiprocessor has, in bytes, and
+// whether blocks form clusters.
+struct Limits {
+  int of_block, of_multiprocessor;
+  bool clusters;
+};
+
+struct Plan {
+  int cluster;  // blocks that share a row
+  int stages;   // of each block's ring
+  bool holds;   // registers hold a part of the row, and a block has its multiprocessor for itself
+};
+
+// Stages that the next row has while this one fills the others.
+constexpr int kAhead = 4;
+// Bytes of shared memory that the system takes for itself, for each block.
+constexpr int kReserved = 1024;
+
+// For rows of `words` whole words.
+inline Plan make_plan(const Limits& limits, std::int64_t words, int chunk = kChunk,
+                      int control = kControl) {
+  const auto stages_in = [&](int bytes) {
+    const int room = bytes < limits.of_block ? bytes : limits.of_block;
+    const int stages = (room - control) / (chunk * kWordBytes);
+    return stages < kMostStages ? stages : kMostStages;
+  };
+  // Two blocks to a multiprocessor: one computes while the other waits for a row's sum.
+  const int stages = stages_in(limits.of_multiprocessor / 2 - kReserved);
+  const auto chunks_in = [&](int cluster) {
+    const std::int64_t share = (words + cluster - 1) / cluster;
+    return (share + chunk - 1) / chunk;
+  };
+  const int largest = limits.clusters ? kLargestCluster : 1;
+  for (int cluster = 1; cluster <= largest; cluster *= 2) {
+    if (chunks_in(cluster) + kAhead <= stages) return {cluster, stages, false};
+  }
+  if (limits.clusters) return {kLargestCluster, stages, false};
+  return {1, stages_in(limits.of_block), true};
+}
+
+}  // namespace r2vpo

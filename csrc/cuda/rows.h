@@ -1,0 +1,560 @@
+// A row's way over the chip: the kernels on a GPU, but for the instructions that they are made of.
+//
+// A `Machine` gives those: machine.h on a GPU, tests/emulator/machine.h on a CPU, where the same
+// code runs with every barrier and every copy in an order drawn at random.
+//
+// A block is kWarps warps that compute and one that loads. Its shared memory is a ring of stages,
+// into which the loading warp copies a row's chunks in order, as far ahead as stages are free: into
+// the next rows, while this one is computed and stored. A chunk's stage is free again after the
+// last look at it. A cluster of blocks shares out a row that is too long for one.
+//
+//     chunks of a row      [0, reload)       [reload, reload + held)    the rest
+//     first look           read, freed       read into registers, freed read
+//     second look          loaded again      from registers             read again, freed
+//
+// `reload` is 0 wherever ring and registers hold the row: each logit is then read from DRAM once.
+#pragma once
+
+#include "../kernels.h"
+#include "plan.h"
+
+#if defined(__CUDACC__)
+#define R2VPO_DEVICE __device__ __forceinline__
+#define R2VPO_UNROLL _Pragma("unroll")
+#else
+#define R2VPO_DEVICE inline
+#define R2VPO_UNROLL
+#endif
+
+namespace r2vpo {
+
+// Which looks a kernel takes at a row.
+template <typename A>
+struct Looks {
+  static constexpr bool kFirst = false, kSecond = true;
+};
+template <>
+struct Looks<LogpsForward> {
+  static constexpr bool kFirst = true, kSecond = false;
+};
+template <>
+struct Looks<OnePass> {
+  static constexpr bool kFirst = true, kSecond = true;
+};
+
+// 16 bytes, which is what lanes read and write.
+struct alignas(16) Word {
+  std::uint32_t bits[4];
+};
+static_assert(sizeof(Word) == kWordBytes, "");
+
+constexpr float kLowest = -3.4028234663852886e38f;  // finite: -inf meets no inf - inf
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kWarpSize = 32;  // of a warp
+
+// What one thread, warp, block or cluster has found of a row: max z, Σ 2^x and Σ 2^x·x with
+// x = (z - top)·scale, and the label's logit. 16 bytes, because that is what blocks send.
+struct alignas(16) Part {
+  float top, s, r, z_label;
+};
+
+template <typename Machine>
+struct Control {
+  typename Machine::Barrier full[kMostStages], empty[kMostStages];
+  typename Machine::Barrier exchanged[2];
+  Part of_warps[2][Machine::kWarps];
+  Part of_blocks[2][kLargestCluster];
+};
+
+// A place in the ring: a stage, and the parity of how often the ring was gone round.
+struct Cursor {
+  int stage = 0;
+  unsigned parity = 0;
+
+  R2VPO_DEVICE void advance(int stages) {
+    if (++stage < stages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+// A row, and this block's share of it.
+template <typename T>
+struct Place {
+  static constexpr int kColumns = sizeof(Word) / sizeof(T);  // of a word
+
+  const T* row;
+  T* grad_row;
+  int head;          // columns before the first 16-byte boundary
+  int tail;          // the first column after the last whole word
+  int first, count;  // of the whole words, this block's
+};
+
+template <typename T, typename Machine>
+R2VPO_DEVICE Place<T> place_of(const Machine& machine, const Rows& rows, std::int64_t token) {
+  constexpr int kColumns = Place<T>::kColumns;
+  const std::int64_t b = token / rows.length, t = token % rows.length;
+  Place<T> place;
+  place.row = static_cast<const T*>(rows.logits) + b * rows.stride_batch + t * rows.stride_token;
+  place.grad_row = static_cast<T*>(rows.dlogits) + b * rows.grad_stride_batch +
+                   t * rows.grad_stride_token;
+  const int columns = static_cast<int>(rows.vocabulary);
+  const int past = static_cast<int>(reinterpret_cast<std::uintptr_t>(place.row) % sizeof(Word));
+  const int head = (kColumns - past / static_cast<int>(sizeof(T))) % kColumns;
+  place.head = head < columns ? head : columns;
+  const int words = (columns - place.head) / kColumns;
+  place.tail = place.head + words * kColumns;
+  const int share = (words + machine.cluster() - 1) / machine.cluster();
+  const int first = share * machine.rank();
+  place.first = first < words ? first : words;
+  place.count = words - place.first < share ? words - place.first : share;
+  return place;
+}
+
+// Which chunks of a row are loaded twice, which stay in registers.
+struct Schedule {
+  int chunks, reload, held;
+
+  template <typename A, int kHeld>
+  R2VPO_DEVICE static Schedule of(int words, int stages, int chunk) {
+    Schedule s;
+    s.chunks = (words + chunk - 1) / chunk;
+    if (!(Looks<A>::kFirst && Looks<A>::kSecond)) {
+      s.reload = s.chunks;
+      s.held = 0;
+      return s;
+    }
+    const int over = s.chunks - stages - kHeld;
+    s.reload = over > 0 ? over : 0;
+    s.held = s.chunks - s.reload < kHeld ? s.chunks - s.reload : kHeld;
+    return s;
+  }
+};
+
+R2VPO_DEVICE std::int64_t label_of(const Scale&, std::int64_t) { return 0; }
+template <typename A>
+R2VPO_DEVICE std::int64_t label_of(const A& a, std::int64_t i) {
+  return a.labels[i];
+}
+
+// Whether a launch has nothing to do.
+R2VPO_DEVICE bool idle(const Scale& a) { return *a.upstream == 1.0f; }
+template <typename A>
+R2VPO_DEVICE bool idle(const A&) {
+  return false;
+}
+
+// Eq. 14, a thread's part. Columns at the same place of a word share a chain of additions, so that
+// the longest is a word per chunk.
+template <bool kEntropy, int kColumns>
+struct Sums {
+  float top = kLowest;
+  float s[kColumns] = {}, r[kColumns] = {};
+
+  template <typename Machine, int kCount>
+  R2VPO_DEVICE void add(const float (&z)[kCount], float scale) {
+    // The maximum loses a NaN, which the sum then takes.
+    float high = top;
+    for (int i = 0; i < kCount; ++i) high = Machine::larger(high, z[i]);
+    if (high > top) {
+      const float gap = (top - high) * scale;
+      const float decay = Machine::exp2(gap);
+      for (int i = 0; i < kColumns; ++i) {
+        // As in `merged`.
+        if (kEntropy) r[i] = decay == 0.0f ? 0.0f : Machine::fma(gap, s[i], r[i]) * decay;
+        s[i] *= decay;
+      }
+      top = high;
+    }
+    for (int i = 0; i < kCount; ++i) {
+      const float x = (z[i] - top) * scale;
+      const float e = Machine::exp2(x);
+      s[i % kColumns] += e;
+      // Bounded where e is 0: -inf meets no 0·inf.
+      if (kEntropy) {
+        const float bounded = Machine::larger(x, kLowestExponent);
+        r[i % kColumns] = Machine::fma(e, bounded, r[i % kColumns]);
+      }
+    }
+  }
+
+  R2VPO_DEVICE Part part(float z_label) const {
+    float s_sum[kColumns], r_sum[kColumns];
+    for (int i = 0; i < kColumns; ++i) {
+      s_sum[i] = s[i];
+      r_sum[i] = r[i];
+    }
+    for (int half = kColumns / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) {
+        s_sum[i] += s_sum[i + half];
+        if (kEntropy) r_sum[i] += r_sum[i + half];
+      }
+    }
+    return {top, s_sum[0], r_sum[0], z_label};
+  }
+
+  static constexpr float kLowestExponent = -150.0f;  // 2^x is 0 below
+};
+
+// The sum of the parts that `count` neighbouring lanes have, a power of two of them, in each of those
+// lanes and with the same bits.
+template <bool kEntropy, typename Machine>
+R2VPO_DEVICE Part merged(Machine& machine, Part part, int count, float scale) {
+  float top = part.top;
+  for (int step = 1; step < count; step *= 2) {
+    top = Machine::larger(top, machine.shuffle_xor(top, step));
+  }
+  const float gap = (part.top - top) * scale;
+  const float decay = Machine::exp2(gap);
+  // decay = 0 stands for a factor whose product with an infinite gap is 0.
+  if (kEntropy) part.r = decay == 0.0f ? 0.0f : Machine::fma(gap, part.s, part.r) * decay;
+  part.s *= decay;
+  part.top = top;
+  for (int step = 1; step < count; step *= 2) {
+    part.s += machine.shuffle_xor(part.s, step);
+    if (kEntropy) part.r += machine.shuffle_xor(part.r, step);
+  }
+  return part;
+}
+
+// The sum of `count` parts in shared memory, a power of two of them; the label's logit is in the
+// first.
+template <bool kEntropy, typename Machine>
+R2VPO_DEVICE Part gathered(Machine& machine, const Part* parts, int count, float scale) {
+  Part part = merged<kEntropy>(machine, parts[machine.lane() % count], count, scale);
+  part.z_label = parts[0].z_label;
+  return part;
+}
+
+// The sum of the parts of all threads of a cluster. `round` counts the rows that went through here.
+template <bool kEntropy, typename Machine>
+R2VPO_DEVICE Part reduced(Machine& machine, Control<Machine>& control, Part part, unsigned round,
+                          float scale) {
+  // Two halves take turns: what a slow warp still reads is overwritten two rows later, and before
+  // that all have met again.
+  const unsigned turn = round % 2;
+  part = merged<kEntropy>(machine, part, kWarpSize, scale);
+  if (machine.lane() == 0) control.of_warps[turn][machine.warp()] = part;
+  machine.sync_computing();
+  part = gathered<kEntropy>(machine, control.of_warps[turn], Machine::kWarps, scale);
+  if (machine.cluster() == 1) return part;
+  auto& exchanged = control.exchanged[turn];
+  if (machine.thread() == 0) machine.expect(exchanged, machine.cluster() * sizeof(Part));
+  if (machine.thread() < machine.cluster()) {
+    machine.send(part, control.of_blocks[turn][machine.rank()], exchanged, machine.thread());
+  }
+  machine.wait(exchanged, round / 2 % 2);
+  return gathered<kEntropy>(machine, control.of_blocks[turn], machine.cluster(), scale);
+}
+
+// Eq. 8 of one row: dL/dz from z.
+template <bool kEntropy>
+struct Slope {
+  float scale, top, minus_log_total, minus_dlogp, minus_dentropy, entropy, at_label;
+
+  template <typename Machine>
+  R2VPO_DEVICE float of(float z) const {
+    const float log2_p = Machine::fma(z - top, scale, minus_log_total);
+    const float p = Machine::exp2(log2_p);
+    if (!kEntropy) return p * minus_dlogp;
+    // p·log p is 0 at p = 0, where log p is -inf (Eq. 12).
+    const float bounded = Machine::larger(log2_p, Sums<kEntropy, 1>::kLowestExponent);
+    const float slope = Machine::fma(minus_dentropy, Machine::fma(bounded, kLn2, entropy),
+                                     minus_dlogp);
+    return p * slope;
+  }
+};
+
+struct Factor {
+  float factor, at_label;
+
+  template <typename Machine>
+  R2VPO_DEVICE float of(float z) const {
+    return z * factor;
+  }
+};
+
+template <bool kEntropy>
+R2VPO_DEVICE Slope<kEntropy> slope_of(const Look& look, float temperature, float dlogp,
+                                    float dentropy) {
+  dlogp /= temperature;
+  dentropy /= temperature;
+  return {kLog2E / temperature, look.top,     -look.log_total, -dlogp,
+          -dentropy,            look.entropy, label_slope(look.logp, look.entropy, dlogp, dentropy)};
+}
+
+// A thread of the warps that compute, over all rows of its cluster.
+template <typename Machine, typename T, bool kEntropy, int kHeld>
+class Computing {
+  static constexpr int kColumns = Place<T>::kColumns;
+  static constexpr int kChunk = Machine::kWarps * kWarpSize * Machine::kWords;
+  static constexpr int kCount = Machine::kWords * kColumns;
+
+  Machine& machine_;
+  Control<Machine>& control_;
+  const Rows& rows_;
+  const int stages_;
+  Cursor at_;           // the next chunk that comes
+  Cursor kept_;         // the first that stays in the ring between the looks
+  Word held_[kHeld + 1][Machine::kWords];
+  float at_edge_ = 0.0f;
+  unsigned round_ = 0;  // rows that were reduced
+
+  // Of the columns that belong to no whole word each of the first threads has one at most.
+  R2VPO_DEVICE int edge_of(const Place<T>& place) const {
+    const int columns = static_cast<int>(rows_.vocabulary), thread = machine_.thread();
+    if (machine_.rank() != 0) return -1;
+    if (thread < place.head) return thread;
+    const int column = place.tail + thread - kColumns;
+    return thread >= kColumns && column < columns ? column : -1;
+  }
+
+  // body(j, word) for each of this thread's words in a chunk that begins at word `begin`.
+  template <typename Body>
+  R2VPO_DEVICE void for_each_word(const Place<T>& place, int chunk, Body body) const {
+R2VPO_UNROLL
+    for (int j = 0; j < Machine::kWords; ++j) {
+      const int word = chunk * kChunk + j * Machine::kWarps * kWarpSize + machine_.thread();
+      if (word < place.count) body(j, word);
+    }
+  }
+
+  R2VPO_DEVICE void read(const Place<T>& place, int chunk, int stage,
+                       Word (&words)[Machine::kWords]) const {
+    const Word* const ring = machine_.ring() + stage * kChunk;
+    for_each_word(place, chunk, [&](int j, int word) {
+      words[j] = machine_.read(ring + (word - chunk * kChunk));
+    });
+  }
+
+  // After the last read of a stage.
+  R2VPO_DEVICE void release(int stage) {
+    machine_.sync_warp();
+    if (machine_.lane() == 0) machine_.arrive(control_.empty[stage]);
+  }
+
+  R2VPO_DEVICE void add(const Place<T>& place, int chunk, const Word (&words)[Machine::kWords],
+                      float scale, Sums<kEntropy, kColumns>& sums) const {
+    float z[kCount];
+R2VPO_UNROLL
+    for (int i = 0; i < kCount; ++i) z[i] = -kInfinity;
+    for_each_word(place, chunk, [&](int j, int) {
+      Machine::template unpack<T>(words[j], z + j * kColumns);
+    });
+    sums.template add<Machine>(z, scale);
+  }
+
+  template <typename Map>
+  R2VPO_DEVICE void store(const Place<T>& place, int chunk, const Word (&words)[Machine::kWords],
+                        const Map& map, int label) const {
+    for_each_word(place, chunk, [&](int j, int word) {
+      const int column = place.head + (place.first + word) * kColumns;
+      float z[kColumns], dz[kColumns];
+      Machine::template unpack<T>(words[j], z);
+R2VPO_UNROLL
+      for (int i = 0; i < kColumns; ++i) dz[i] = map.template of<Machine>(z[i]);
+      if (label >= column && label < column + kColumns) {
+R2VPO_UNROLL
+        for (int i = 0; i < kColumns; ++i) {
+          if (label == column + i) dz[i] = map.at_label;
+        }
+      }
+      machine_.store(place.grad_row + column, Machine::template pack<T>(dz));
+    });
+  }
+
+ public:
+  R2VPO_DEVICE Computing(Machine& machine, Control<Machine>& control, const Rows& rows, int stages)
+      : machine_(machine), control_(control), rows_(rows), stages_(stages) {}
+
+  R2VPO_DEVICE void zero(const Place<T>& place) const {
+    const int edge = edge_of(place);
+    if (edge >= 0) machine_.store_one(place.grad_row + edge, 0.0f);
+    const int chunks = (place.count + kChunk - 1) / kChunk;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      for_each_word(place, chunk, [&](int, int word) {
+        machine_.store(place.grad_row + place.head + (place.first + word) * kColumns, Word{});
+      });
+    }
+  }
+
+  template <typename A>
+  R2VPO_DEVICE Look first_look(const Place<T>& place, std::int64_t label, float temperature) {
+    const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages_, kChunk);
+    const float scale = kLog2E / temperature;
+    const int edge = edge_of(place);
+    at_edge_ = edge < 0 ? -kInfinity : machine_.load_one(place.row + edge);
+    // One thread reads it and hands it on: in place another will overwrite it. A bad label reads
+    // nothing and makes logp NaN.
+    float z_label = __builtin_nanf("");
+    if (machine_.thread() == 0 && machine_.rank() == 0 && label < rows_.vocabulary) {
+      z_label = machine_.load_one(place.row + label);
+    }
+    Sums<kEntropy, kColumns> sums;
+    Word words[Machine::kWords] = {};
+    const auto look = [&](int chunk, bool last) {
+      machine_.wait(control_.full[at_.stage], at_.parity);
+      read(place, chunk, at_.stage, words);
+      if (last) release(at_.stage);
+      add(place, chunk, words, scale, sums);
+      at_.advance(stages_);
+    };
+    for (int chunk = 0; chunk < schedule.reload; ++chunk) look(chunk, true);
+R2VPO_UNROLL
+    for (int h = 0; h < kHeld; ++h) {
+      if (h >= schedule.held) continue;
+      look(schedule.reload + h, true);
+R2VPO_UNROLL
+      for (int j = 0; j < Machine::kWords; ++j) held_[h][j] = words[j];
+    }
+    kept_ = at_;
+    for (int chunk = schedule.reload + schedule.held; chunk < schedule.chunks; ++chunk) {
+      look(chunk, false);
+    }
+    const float edges[1] = {at_edge_};
+    sums.template add<Machine>(edges, scale);
+    const Part all = reduced<kEntropy>(machine_, control_, sums.part(z_label), round_++, scale);
+    const float log_total = log2f(all.s);
+    const float logp = ((all.z_label - all.top) * scale - log_total) * kLn2;
+    const float entropy = kEntropy ? (log_total - all.r / all.s) * kLn2 : 0.0f;
+    return {logp, all.top, log_total, entropy};
+  }
+
+  template <typename A, typename Map>
+  R2VPO_DEVICE void second_look(const Place<T>& place, const Map& map, std::int64_t label) {
+    const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages_, kChunk);
+    const int column = label < rows_.vocabulary ? static_cast<int>(label) : -1;
+    const int edge = edge_of(place);
+    if (edge >= 0) {
+      const float z = Looks<A>::kFirst ? at_edge_ : machine_.load_one(place.row + edge);
+      machine_.store_one(place.grad_row + edge,
+                         edge == column ? map.at_label : map.template of<Machine>(z));
+    }
+R2VPO_UNROLL
+    for (int h = 0; h < kHeld; ++h) {
+      if (h < schedule.held) store(place, schedule.reload + h, held_[h], map, column);
+    }
+    Word words[Machine::kWords] = {};
+    for (int chunk = schedule.reload + schedule.held; chunk < schedule.chunks; ++chunk) {
+      read(place, chunk, kept_.stage, words);
+      release(kept_.stage);
+      store(place, chunk, words, map, column);
+      kept_.advance(stages_);
+    }
+    for (int chunk = 0; chunk < schedule.reload; ++chunk) {
+      machine_.wait(control_.full[at_.stage], at_.parity);
+      read(place, chunk, at_.stage, words);
+      release(at_.stage);
+      store(place, chunk, words, map, column);
+      at_.advance(stages_);
+    }
+  }
+};
+
+// One row, by kernel.
+
+template <bool kEntropy, typename T, typename Machine, typename Row>
+R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, std::int64_t i, std::int64_t label,
+                        const Place<T>& place, Row& row) {
+  Look look = {};
+  if (label >= 0) look = row.template first_look<LogpsForward>(place, label, a.temperature[i]);
+  if (!machine.speaks()) return;
+  a.logps[i] = look.logp;
+  a.top[i] = look.top;
+  a.log_total[i] = look.log_total;
+  if (kEntropy) a.entropy[i] = look.entropy;
+}
+
+template <bool kEntropy, typename T, typename Machine, typename Row>
+R2VPO_DEVICE void compute(Machine&, const LogpsBackward& a, std::int64_t i, std::int64_t label,
+                        const Place<T>& place, Row& row) {
+  if (label < 0) return row.zero(place);
+  const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
+  const auto slope = slope_of<kEntropy>(look, a.temperature[i], a.grad_logps[i],
+                                        kEntropy ? a.grad_entropy[i] : 0.0f);
+  row.template second_look<LogpsBackward>(place, slope, label);
+}
+
+template <bool kEntropy, typename T, typename Machine, typename Row>
+R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, std::int64_t i, std::int64_t label,
+                        const Place<T>& place, Row& row) {
+  Look look = {};
+  if (label < 0) {
+    row.zero(place);
+  } else {
+    const float temperature = a.temperature[i];
+    look = row.template first_look<OnePass>(place, label, temperature);
+    const Token token = token_of(a, i, look.logp);
+    const float dentropy = kEntropy ? -token.weight * *a.entropy_coef : 0.0f;
+    const auto slope = slope_of<kEntropy>(look, temperature, loss_slope(look.logp, token), dentropy);
+    row.template second_look<OnePass>(place, slope, label);
+  }
+  if (!machine.speaks()) return;
+  a.logps[i] = look.logp;
+  if (kEntropy) a.entropy[i] = look.entropy;
+}
+
+template <bool kEntropy, typename T, typename Machine, typename Row>
+R2VPO_DEVICE void compute(Machine&, const Scale& a, std::int64_t, std::int64_t,
+                        const Place<T>& place, Row& row) {
+  row.template second_look<Scale>(place, Factor{*a.upstream, 0.0f}, -1);
+}
+
+// The loading warp: every chunk of every row, in the order in which the others read them.
+template <typename Machine, typename T, typename A, int kHeld>
+R2VPO_DEVICE void load_rows(Machine& machine, Control<Machine>& control, const Rows& rows, const A& a,
+                          int stages) {
+  constexpr int kChunk = Machine::kWarps * kWarpSize * Machine::kWords;
+  const std::int64_t tokens = rows.batch * rows.length;
+  Cursor at;
+  for (std::int64_t i = machine.first_row(); i < tokens; i += machine.row_step()) {
+    if (label_of(a, i) < 0) continue;
+    const Place<T> place = place_of<T>(machine, rows, i);
+    const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages, kChunk);
+    const Word* const words =
+        reinterpret_cast<const Word*>(place.row + place.head) + place.first;
+    const int in_first = Looks<A>::kFirst ? schedule.chunks : 0;
+    const int loads = in_first + (Looks<A>::kSecond ? schedule.reload : 0);
+    for (int load = 0; load < loads; ++load) {
+      const int begin = (load < in_first ? load : load - in_first) * kChunk;
+      const int count = place.count - begin < kChunk ? place.count - begin : kChunk;
+      // The first time round every stage is free.
+      machine.wait(control.empty[at.stage], at.parity ^ 1);
+      // A lane that came here later could miss that phase: the chunk may be read and freed by then.
+      machine.sync_warp();
+      machine.load(machine.ring() + at.stage * kChunk, words + begin, count,
+                   control.full[at.stage]);
+      at.advance(stages);
+    }
+  }
+}
+
+// A thread's whole life.
+template <typename Machine, typename T, typename A, bool kEntropy, int kHeld>
+R2VPO_DEVICE void live(Machine& machine, const Rows& rows, const A& a, int stages) {
+  if (idle(a)) return;
+  auto& control = *static_cast<Control<Machine>*>(machine.control());
+  if (machine.thread() == 0) {
+    for (int stage = 0; stage < stages; ++stage) {
+      machine.start(control.full[stage], Machine::kLoaders);
+      machine.start(control.empty[stage], Machine::kWarps);
+    }
+    for (auto& exchanged : control.exchanged) machine.start(exchanged, 1);
+    machine.publish_starts();
+  }
+  machine.sync_cluster();
+  if (machine.warp() == Machine::kWarps) {
+    load_rows<Machine, T, A, kHeld>(machine, control, rows, a, stages);
+  } else {
+    Computing<Machine, T, kEntropy, kHeld> row(machine, control, rows, stages);
+    const std::int64_t tokens = rows.batch * rows.length;
+    for (std::int64_t i = machine.first_row(); i < tokens; i += machine.row_step()) {
+      compute<kEntropy>(machine, a, i, label_of(a, i), place_of<T>(machine, rows, i), row);
+    }
+  }
+  // No block leaves while another may still write to its memory.
+  machine.sync_cluster();
+}
+
+}  // namespace r2vpo

@@ -1,0 +1,109 @@
+// The module r2vpo_kernels.backends._cuda on the emulated GPU: the same kernels, the same plan, and
+// addresses of a CPU's memory.
+
+#include <pybind11/stl.h>
+
+#include "../../csrc/bind.h"
+#include "../../csrc/cuda/dispatch.h"
+#include "machine.h"
+
+namespace r2vpo {
+namespace {
+
+constexpr int kHeld = 2;
+
+struct Device {
+  Limits limits;
+  int clusters;  // that it holds at once
+  unsigned seed;
+  bool counts = false;
+  Tally reads, writes;
+} device;
+
+template <typename Machine, typename T, typename A, bool kEntropy, int kHeld>
+void run(const CudaRows& rows, const A& a, const Plan& plan) {
+  const std::int64_t tokens = rows.batch * rows.length;
+  const int of = static_cast<int>(std::min<std::int64_t>(device.clusters, tokens));
+  for (int index = 0; index < of; ++index) {
+    Cluster cluster(device.seed++);
+    cluster.index = index;
+    cluster.of = of;
+    cluster.reads = device.counts ? &device.reads : nullptr;
+    cluster.writes = device.counts ? &device.writes : nullptr;
+    cluster.blocks.resize(plan.cluster);
+    cluster.everyone.needed = plan.cluster * Machine::kThreads;
+    for (int rank = 0; rank < plan.cluster; ++rank) {
+      Block& block = cluster.blocks[rank];
+      block.cluster = &cluster;
+      block.rank = rank;
+      block.control.resize(sizeof(Control<Machine>));
+      block.ring.resize(plan.stages * Machine::kChunk);
+      block.arrived.resize(block.ring.size());
+      block.warps.resize(Machine::kWarps + 1);
+      for (Meeting& warp : block.warps) warp.needed = kWarpSize;
+      block.exchange.resize(Machine::kThreads);
+      block.computing.needed = Machine::kWarps * kWarpSize;
+      for (int thread = 0; thread < Machine::kThreads; ++thread) {
+        cluster.scheduler.add([&, thread] {
+          Machine machine(block, thread);
+          live<Machine, T, A, kEntropy, kHeld>(machine, rows, a, plan.stages);
+        });
+      }
+    }
+    cluster.scheduler.run();
+  }
+}
+
+struct Launcher {
+  using Float32 = r2vpo::Float32;
+  using BFloat16 = r2vpo::BFloat16;
+  using Float16 = r2vpo::Float16;
+
+  template <typename T, typename A, bool kEntropy>
+  static void launch(const CudaRows& rows, const A& a) {
+    using Bulk = Emulated<true>;
+    using Narrow = Emulated<false>;
+    const std::int64_t words = rows.vocabulary / Place<T>::kColumns;
+    const Plan plan = make_plan(device.limits, words, Bulk::kChunk, 0);
+    device.limits.clusters ? run<Bulk, T, A, kEntropy, 0>(rows, a, plan)
+                           : run<Narrow, T, A, kEntropy, kHeld>(rows, a, plan);
+  }
+};
+
+}  // namespace
+
+extern const Kernels<CudaRows> kernels_cuda = Dispatch<Launcher>::kernels;
+
+}  // namespace r2vpo
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace r2vpo;
+  bind_kernels<CudaRows, Kernels<CudaRows>, int, Address>(m);
+  m.attr("kernels") = py::cast(&kernels_cuda, py::return_value_policy::reference);
+  m.attr("EMULATED") = true;
+  // What the GPU has: stages of a block that is one of two on its multiprocessor, and of one that
+  // is alone; whether it has clusters; how many of them it holds at once.
+  m.def(
+      "configure",
+      [](int stages, int most_stages, bool clusters, int held_at_once, int seed) {
+        constexpr int kStage = Emulated<true>::kChunk * kWordBytes;
+        device.limits = {most_stages * kStage, 2 * (stages * kStage + kReserved), clusters};
+        device.clusters = held_at_once;
+        device.seed = seed;
+      },
+      py::arg("stages"), py::arg("most_stages"), py::arg("clusters"), py::arg("held_at_once"),
+      py::arg("seed"));
+  // (blocks, stages, whether registers hold a part) for rows of `words` words on a real GPU.
+  m.def("plan", [](int of_block, int of_multiprocessor, bool clusters, std::int64_t words) {
+    const Plan plan = make_plan({of_block, of_multiprocessor, clusters}, words);
+    return std::make_tuple(plan.cluster, plan.stages, plan.holds);
+  });
+  // (address, bytes) of what was read and written since.
+  m.def("count", [](bool counts) {
+    device.counts = counts;
+    const auto found = std::make_pair(device.reads, device.writes);
+    device.reads.clear();
+    device.writes.clear();
+    return found;
+  });
+}
