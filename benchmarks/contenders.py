@@ -182,8 +182,9 @@ def ours(backend: str) -> list[Contender]:
         return token_logps(logits, task.labels, backend=backend)
 
     def why_not(logits: Tensor) -> str | None:
-        if os.environ.get("TRITON_INTERPRET") == "1" and backend == "triton":
-            return "times in Triton's interpreter mean nothing"
+        kernels = ops.KERNELS.get(backend)
+        if getattr(kernels, "INTERPRETED", False) or getattr(kernels, "EMULATED", False):
+            return "times of kernels that are emulated mean nothing"
         return ops.why_not(backend, logits)
 
     def why_not_one_pass(logits: Tensor) -> str | None:

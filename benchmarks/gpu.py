@@ -43,6 +43,7 @@ GRID = {
     "loss": ["--n", "8192", "16384", "--v", "151936", "32000"],
     "linear": ["--n", "16384", "--h", "4096", "--v", "151936"],
 }
+GPU_BACKENDS = ("triton", "cuda")
 # A one-pass loss against a copy of the same bytes; the linear route, in several chunks, against
 # three products in one; bytes per logit against Eq. 15.
 SLOWEST = 1.15
@@ -165,7 +166,7 @@ def from_logits(limit: float, folder: Path) -> Findings:
     checks = {}
     for row in rows:
         # A copy reads and writes each logit once, as the one-pass route does.
-        if row["contender"] in ("triton one-pass", "triton in place"):
+        if row["contender"] in [f"{x} {y}" for x in GPU_BACKENDS for y in ("one-pass", "in place")]:
             name = f"{row['contender']} {row['n']:.0f} x {row['v']:.0f}, time over a copy's"
             value = row["both_ms"] / copies[row["n"], row["v"]] if row["both_ms"] else None
             checks[name] = at_most(value, SLOWEST) | {"note": row["status"]}
@@ -179,13 +180,37 @@ def from_hidden_states(limit: float, folder: Path) -> Findings:
         f"{row['contender']} {row['n']:.0f} x {row['v']:.0f} x {row['h']:.0f}, time over products'":
         at_most(row["over_products"] or None, SLOWEST_LINEAR) | {"note": row["status"]}
         for row in rows
-        if row["contender"] == "triton linear"
+        if row["contender"] in [f"{x} linear" for x in GPU_BACKENDS]
     }  # fmt: skip
     return graded(done, rows, checks, f"{len(checks)} shapes")
 
 
 def at_most(value: float | None, limit: float) -> Findings:
     return {"value": value, "limit": limit, "ok": value is not None and value <= limit}
+
+
+def where_cuda_is_faster(results: dict[str, Any]) -> set[tuple[str, Any, int]]:
+    """(device, dtype, V) where a run found the CUDA kernels right, and faster than Triton's for
+    every number of tokens: what r2vpo_kernels/ops.py may choose them for.
+    """
+    import torch
+
+    parts = results["parts"]
+    if not all(parts.get(name, {}).get("ok") for name in ("tests", "memcheck", "racecheck")):
+        return set()
+    times: dict[tuple[str, float], dict[tuple[str, float], float]] = {}
+    for row in parts.get("grid", {}).get("rows", ()):
+        of_cell = times.setdefault((row["dtype"], row["v"]), {})
+        if row["status"] == "timed":
+            of_cell[row["contender"], row["n"]] = row["both_ms"]
+    device = results["environment"]["device"]
+    found = set()
+    for (dtype, v), of_cell in times.items():
+        triton = {n: ms for (name, n), ms in of_cell.items() if name == "triton one-pass"}
+        never = float("inf")
+        if triton and all(of_cell.get(("cuda one-pass", n), never) < triton[n] for n in triton):
+            found.add((device, getattr(torch, dtype), int(v)))
+    return found
 
 
 def traffic(limit: float) -> Findings:

@@ -9,14 +9,13 @@ nothing. Not in the tests' own process, where Triton interprets.
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-import triton
+from sass import kernels_in
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -43,24 +42,12 @@ class NoDevice:
 def resources(kernel, target) -> dict:
     """Registers, spills, shared memory, and the width in bytes of each access to global memory."""
     if target.backend == "cuda":
-        tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
-
-            def run(tool, *arguments):
-                command = [os.path.join(tools, tool), *arguments, file.name]
-                return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-            usage = run("cuobjdump", "--dump-resource-usage")
-            assembly = run("nvdisasm", "-c")
-        registers = int(re.search(r"REG:(\d+)", usage)[1])
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
-        spills += sum(int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-        widths = []
-        for kind, suffix in re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*)", assembly):
-            named = re.search(r"\.(?:U|S)?(8|16|64|128)\b", suffix)
-            widths.append([kind == "STG", int(named[1]) // 8 if named else 4])
+            (found,) = kernels_in(file.name).values()
+        registers, spills = found["registers"], found["spills"]
+        loads, stores = found["loads"], found["stores"]
         maxima = re.findall(r"\b(?:max|min)\S*\.f32", kernel.asm["ptx"])
         loses_nan = [m for m in maxima if ".NaN" not in m]
         # In bfloat16 the label's logit is the only narrow load of an aligned row.
@@ -75,7 +62,10 @@ def resources(kernel, target) -> dict:
         sizes |= {f"dwordx{n}": 4 * n for n in (2, 3, 4)}
         pattern = r"\b(?:global|buffer|flat)_(load|store)_([a-z0-9]+)"
         found = re.findall(pattern, assembly)
-        widths = [[kind == "store", sizes[name]] for kind, name in found]
+        loads, stores = (
+            sorted(sizes[name] for kind, name in found if kind == which)
+            for which in ("load", "store")
+        )
         loses_nan, label_first = [], True
     return {
         "kernel": kernel.name,
@@ -83,8 +73,8 @@ def resources(kernel, target) -> dict:
         "spills": spills,
         "shared": kernel.metadata.shared,
         "threads": kernel.metadata.num_warps * target.warp_size,
-        "loads": sorted(width for store, width in widths if not store),
-        "stores": sorted(width for store, width in widths if store),
+        "loads": loads,
+        "stores": stores,
         "loses_nan": loses_nan,
         "label_first": label_first,
     }

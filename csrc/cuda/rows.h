@@ -155,8 +155,12 @@ struct Sums {
   template <typename Machine, int kCount>
   R2VPO_DEVICE void add(const float (&z)[kCount], float scale) {
     // The maximum loses a NaN, which the sum then takes.
-    float high = top;
-    for (int i = 0; i < kCount; ++i) high = Machine::larger(high, z[i]);
+    float highs[kCount];
+    for (int i = 0; i < kCount; ++i) highs[i] = z[i];
+    for (int half = kCount / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) highs[i] = Machine::larger(highs[i], highs[i + half]);
+    }
+    const float high = Machine::larger(top, highs[0]);
     if (high > top) {
       const float gap = (top - high) * scale;
       const float decay = Machine::exp2(gap);
@@ -298,6 +302,7 @@ class Computing {
   Cursor at_;           // the next chunk that comes
   Cursor kept_;         // the first that stays in the ring between the looks
   Word held_[kHeld + 1][Machine::kWords];
+  Word nothing_;  // columns of -inf
   float at_edge_ = 0.0f;
   unsigned round_ = 0;  // rows that were reduced
 
@@ -313,16 +318,19 @@ class Computing {
   // body(j, word) for each of this thread's words in a chunk that begins at word `begin`.
   template <typename Body>
   R2VPO_DEVICE void for_each_word(const Place<T>& place, int chunk, Body body) const {
-R2VPO_UNROLL
+    R2VPO_UNROLL
     for (int j = 0; j < Machine::kWords; ++j) {
       const int word = chunk * kChunk + j * Machine::kWarps * kWarpSize + machine_.thread();
       if (word < place.count) body(j, word);
     }
   }
 
+  // Past the end of this block's share it finds -inf, which adds nothing to a sum.
   R2VPO_DEVICE void read(const Place<T>& place, int chunk, int stage,
-                       Word (&words)[Machine::kWords]) const {
+                         Word (&words)[Machine::kWords]) const {
     const Word* const ring = machine_.ring() + stage * kChunk;
+    R2VPO_UNROLL
+    for (int j = 0; j < Machine::kWords; ++j) words[j] = nothing_;
     for_each_word(place, chunk, [&](int j, int word) {
       words[j] = machine_.read(ring + (word - chunk * kChunk));
     });
@@ -334,14 +342,13 @@ R2VPO_UNROLL
     if (machine_.lane() == 0) machine_.arrive(control_.empty[stage]);
   }
 
-  R2VPO_DEVICE void add(const Place<T>& place, int chunk, const Word (&words)[Machine::kWords],
-                      float scale, Sums<kEntropy, kColumns>& sums) const {
+  R2VPO_DEVICE static void add(const Word (&words)[Machine::kWords], float scale,
+                               Sums<kEntropy, kColumns>& sums) {
     float z[kCount];
-R2VPO_UNROLL
-    for (int i = 0; i < kCount; ++i) z[i] = -kInfinity;
-    for_each_word(place, chunk, [&](int j, int) {
+    R2VPO_UNROLL
+    for (int j = 0; j < Machine::kWords; ++j) {
       Machine::template unpack<T>(words[j], z + j * kColumns);
-    });
+    }
     sums.template add<Machine>(z, scale);
   }
 
@@ -352,10 +359,10 @@ R2VPO_UNROLL
       const int column = place.head + (place.first + word) * kColumns;
       float z[kColumns], dz[kColumns];
       Machine::template unpack<T>(words[j], z);
-R2VPO_UNROLL
+      R2VPO_UNROLL
       for (int i = 0; i < kColumns; ++i) dz[i] = map.template of<Machine>(z[i]);
       if (label >= column && label < column + kColumns) {
-R2VPO_UNROLL
+        R2VPO_UNROLL
         for (int i = 0; i < kColumns; ++i) {
           if (label == column + i) dz[i] = map.at_label;
         }
@@ -366,7 +373,12 @@ R2VPO_UNROLL
 
  public:
   R2VPO_DEVICE Computing(Machine& machine, Control<Machine>& control, const Rows& rows, int stages)
-      : machine_(machine), control_(control), rows_(rows), stages_(stages) {}
+      : machine_(machine), control_(control), rows_(rows), stages_(stages) {
+    float z[kColumns];
+    R2VPO_UNROLL
+    for (int i = 0; i < kColumns; ++i) z[i] = -kInfinity;
+    nothing_ = Machine::template pack<T>(z);
+  }
 
   R2VPO_DEVICE void zero(const Place<T>& place) const {
     const int edge = edge_of(place);
@@ -392,20 +404,20 @@ R2VPO_UNROLL
       z_label = machine_.load_one(place.row + label);
     }
     Sums<kEntropy, kColumns> sums;
-    Word words[Machine::kWords] = {};
+    Word words[Machine::kWords];
     const auto look = [&](int chunk, bool last) {
       machine_.wait(control_.full[at_.stage], at_.parity);
       read(place, chunk, at_.stage, words);
       if (last) release(at_.stage);
-      add(place, chunk, words, scale, sums);
+      add(words, scale, sums);
       at_.advance(stages_);
     };
     for (int chunk = 0; chunk < schedule.reload; ++chunk) look(chunk, true);
-R2VPO_UNROLL
+    R2VPO_UNROLL
     for (int h = 0; h < kHeld; ++h) {
       if (h >= schedule.held) continue;
       look(schedule.reload + h, true);
-R2VPO_UNROLL
+      R2VPO_UNROLL
       for (int j = 0; j < Machine::kWords; ++j) held_[h][j] = words[j];
     }
     kept_ = at_;
@@ -431,11 +443,11 @@ R2VPO_UNROLL
       machine_.store_one(place.grad_row + edge,
                          edge == column ? map.at_label : map.template of<Machine>(z));
     }
-R2VPO_UNROLL
+    R2VPO_UNROLL
     for (int h = 0; h < kHeld; ++h) {
       if (h < schedule.held) store(place, schedule.reload + h, held_[h], map, column);
     }
-    Word words[Machine::kWords] = {};
+    Word words[Machine::kWords];
     for (int chunk = schedule.reload + schedule.held; chunk < schedule.chunks; ++chunk) {
       read(place, chunk, kept_.stage, words);
       release(kept_.stage);
@@ -548,9 +560,13 @@ R2VPO_DEVICE void live(Machine& machine, const Rows& rows, const A& a, int stage
     load_rows<Machine, T, A, kHeld>(machine, control, rows, a, stages);
   } else {
     Computing<Machine, T, kEntropy, kHeld> row(machine, control, rows, stages);
-    const std::int64_t tokens = rows.batch * rows.length;
-    for (std::int64_t i = machine.first_row(); i < tokens; i += machine.row_step()) {
-      compute<kEntropy>(machine, a, i, label_of(a, i), place_of<T>(machine, rows, i), row);
+    const std::int64_t tokens = rows.batch * rows.length, step = machine.row_step();
+    std::int64_t label = label_of(a, machine.first_row());
+    for (std::int64_t i = machine.first_row(); i < tokens; i += step) {
+      // Ahead of the row that waits for it.
+      const std::int64_t next = i + step < tokens ? label_of(a, i + step) : -1;
+      compute<kEntropy>(machine, a, i, label, place_of<T>(machine, rows, i), row);
+      label = next;
     }
   }
   // No block leaves while another may still write to its memory.

@@ -1,0 +1,456 @@
+"""What is the CUDA backend's own: its kernels' source on an emulated GPU, and its machine code.
+
+tests/emulator runs csrc/cuda/rows.h on a CPU. A GPU's threads take turns there in a random order,
+copies arrive late, and what a GPU would do wrong in silence is an error: a deadlock, a word of the
+ring read before it arrived, a store to what a copy still reads. What no emulation shows, the
+instructions' own semantics, awaits hardware.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulator.build import DEFAULTS
+from harness import check_case
+from hypothesis import given, settings
+from sass import kernels_in, run_tool
+from strategies import DTYPES, cases
+from test_cpp import build
+
+from r2vpo_kernels import ops, r2vpo_loss, token_logps
+from r2vpo_kernels.backends import cuda
+
+ROOT = Path(__file__).parent.parent
+CUDA = pytest.mark.skipif(not cuda.EMULATED, reason="on a GPU the kernels themselves are tested")
+
+# Of the emulated kernels: words in a chunk, chunks in registers where there are no clusters.
+CHUNK, HELD = 128, 2
+# Rings that hold a row with room for the next, barely, and not; blocks alone and in clusters.
+GPUS = {
+    f"{'clusters' if clusters else 'alone'}, {stages} stages": {
+        "stages": stages, "most_stages": stages, "clusters": clusters, "held_at_once": held
+    }
+    for clusters in (True, False)
+    for stages, held in ((1, 1), (2, 2), (6, 3))
+}  # fmt: skip
+
+
+@pytest.fixture(params=GPUS)
+def gpu(request):
+    cuda._cuda.configure(**GPUS[request.param], seed=1)
+    yield GPUS[request.param]
+    cuda._cuda.configure(**DEFAULTS)
+
+
+@pytest.fixture(scope="module", params=GPUS)
+def any_gpu(request):
+    cuda._cuda.configure(**GPUS[request.param], seed=2)
+    yield
+    cuda._cuda.configure(**DEFAULTS)
+
+
+def counted(call):
+    """What `call` read and wrote of the rows: two lists of (address, bytes)."""
+    cuda._cuda.count(True)
+    call()
+    return cuda._cuda.count(False)
+
+
+def of_elements(spans, x):
+    """(B, T, V) how often each element of x was touched; none was in part."""
+    size, base = x.element_size(), x.untyped_storage().data_ptr()
+    changes = torch.zeros(x.untyped_storage().nbytes() + 1, dtype=torch.long)
+    begin, length = torch.tensor(spans, dtype=torch.long).view(-1, 2).T
+    changes.index_add_(0, begin - base, torch.ones_like(begin))
+    changes.index_add_(0, begin - base + length, -torch.ones_like(begin))
+    touched = changes.cumsum(0)[:-1].view(-1, size)
+    assert (touched == touched[:, :1]).all()
+    return touched[:, 0].clone().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def reloaded(row, gpu):
+    """The columns of a row that ring and registers do not hold: they are read a second time."""
+    size = row.element_size()
+    columns = 16 // size
+    head = min(-row.data_ptr() % 16 // size, row.numel())
+    words = (row.numel() - head) // columns
+    cluster, stages = 1, gpu["stages"]
+    while gpu["clusters"] and cluster < 8 and math.ceil(words_of(words, cluster)) + 4 > stages:
+        cluster *= 2
+    held = 0 if gpu["clusters"] else HELD
+    again = torch.zeros(row.numel(), dtype=torch.bool)
+    share = math.ceil(words / cluster)
+    for rank in range(cluster):
+        mine = range(min(rank * share, words), min((rank + 1) * share, words))
+        over = math.ceil(len(mine) / CHUNK) - stages - held
+        for word in mine[: max(0, over) * CHUNK]:
+            again[head + word * columns : head + (word + 1) * columns] = True
+    return again
+
+
+def words_of(words, cluster):
+    return math.ceil(words / cluster) / CHUNK
+
+
+def inputs(dtype, vocabulary, offset=0):
+    """One sequence of four tokens, the second masked, at `offset` elements from a 16-byte word."""
+    torch.manual_seed(vocabulary)
+    memory = torch.randn(4 * vocabulary + offset).mul_(3).to(dtype)
+    logits = memory[offset:].view(1, 4, vocabulary)
+    labels = torch.randint(0, vocabulary, (1, 4))
+    labels[0, 1] = -100
+    return logits, labels
+
+
+def arguments(logits, labels):
+    """What the ops take after the logits, for a one-pass without entropy."""
+    tokens = labels.numel()
+    flat = torch.where(labels < 0, -1, labels).reshape(-1)
+    number = torch.zeros(tokens)
+    one = torch.ones(tokens)
+    return flat, one, one, None, one, one, number, None, *torch.tensor([0.0, 0.0, 20.0]), "k3"
+
+
+# Around one, two and more chunks of 128 words of 8 or 4 columns, and around the words' edges.
+VOCABULARIES = (1, 3, 8, 9, 1023, 1024, 1025, 1032, 2049, 3 * 1024 + 5, 9 * 1024, 20011)
+
+
+@CUDA
+@pytest.mark.parametrize("dtype, offset", [(torch.bfloat16, 0), (torch.bfloat16, 3), (torch.float32, 1)])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_every_element_is_read_once_and_written_once(gpu, dtype, offset, vocabulary):
+    """Of a row that the chip holds; of a longer one what does not fit is read twice."""
+    logits, labels = inputs(dtype, vocabulary, offset)
+    result = []
+    reads, writes = counted(
+        lambda: result.extend(ops.one_pass_op(logits, *arguments(logits, labels), False, "cuda"))
+    )
+    dlogits = result[-1]
+    expected = torch.ones(1, 4, vocabulary, dtype=torch.long)
+    for t in (0, 2, 3):
+        expected[0, t] += reloaded(logits[0, t], gpu)
+        expected[0, t, labels[0, t]] += 1  # for its log-prob
+    expected[0, 1] = 0
+    assert torch.equal(of_elements(reads, logits), expected)
+    assert (of_elements(writes, dlogits) == 1).all()
+    assert sum(size for _, size in writes) == dlogits.numel() * dlogits.element_size()
+
+
+@CUDA
+def test_what_has_one_look_reads_once(gpu):
+    """Log-probs forward and backward, scaling, and scaling by 1, which touches nothing."""
+    logits, labels = inputs(torch.bfloat16, 5003, 1)
+    flat, one, *_ = arguments(logits, labels)
+    once = torch.ones(logits.shape, dtype=torch.long)
+    once[0, 1] = 0
+    forward = []
+    reads, writes = counted(
+        lambda: forward.extend(ops.logps_forward(logits, flat, one, False, "cuda"))
+    )
+    of_label = once.scatter_add(2, labels.clamp(min=0)[..., None], once[..., :1])
+    assert torch.equal(of_elements(reads, logits), of_label) and not writes
+    backward = []
+    upstream = forward[-1], one, forward[-1]
+    reads, writes = counted(
+        lambda: backward.append(
+            ops.logps_backward(logits, flat, one, *forward[:3], *upstream, False, "cuda")
+        )
+    )
+    assert torch.equal(of_elements(reads, logits), once)
+    assert (of_elements(writes, backward[0]) == 1).all()
+    for factor, times in ((0.5, 1), (1.0, 0)):
+        reads, writes = counted(lambda f=factor: ops.scale_(logits, torch.tensor(f), "cuda"))
+        assert (of_elements(reads, logits) == times).all()
+        assert (of_elements(writes, logits) == times).all()
+
+
+@CUDA
+@settings(max_examples=20)
+@given(cases())
+def test_any_call_is_within_the_budget(any_gpu, case):
+    logits, labels, keywords = case.tensors(torch.device("cpu"))
+    check_case(logits, labels, keywords, "cuda")
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES[3:])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_of_several_chunks(gpu, dtype, vocabulary, inplace):
+    """The maximum rises from chunk to chunk, falls, and is -inf in whole chunks."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, vocabulary)
+    rising = torch.linspace(-30.0, 30.0, vocabulary)
+    logits[0, 1] += rising
+    logits[0, 2] -= rising
+    logits[0, 3, : vocabulary - 9] = -torch.inf
+    labels = torch.tensor([[0, vocabulary // 2, vocabulary - 1, vocabulary - 2]])
+    keywords = {
+        "old_logps": token_logps(logits, labels, backend="eager") + 0.2,
+        "advantages": torch.tensor([0.7]), "entropy_coef": 0.1, "inplace": inplace,
+    }  # fmt: skip
+    check_case(logits.to(dtype), labels, keywords, "cuda")
+
+
+@CUDA
+@pytest.mark.parametrize("keywords", [{}, {"center": "group"}, {"entropy_coef": 0.1}])
+def test_no_bit_depends_on_the_order_of_events(keywords):
+    """Nor on the length of the ring, nor on how many rows are on the chip at once."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 6001).bfloat16()
+    labels = torch.randint(0, 6001, (2, 5))
+    results = []
+    try:
+        for seed in range(4):
+            stages = 4 + seed % 2
+            cuda._cuda.configure(stages, stages, True, 1 + seed, seed)
+            leaf = logits.clone().requires_grad_()
+            out = r2vpo_loss(leaf, labels, None, torch.ones(2), backend="cuda", **keywords)
+            out.loss.backward()
+            results.append((out.loss.detach(), out.logps, leaf.grad))
+    finally:
+        cuda._cuda.configure(**DEFAULTS)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@CUDA
+def test_recorded_log_probs_are_those_of_the_loss(gpu):
+    """All kernels add up a row in one order: δ is 0 where nothing has changed."""
+    logits, labels = inputs(torch.bfloat16, 5003, 5)
+    with torch.no_grad():
+        recorded = token_logps(logits, labels, backend="cuda")
+    leaf = logits.clone().requires_grad_()
+    # A clone lies elsewhere within 16 bytes, but for its own rows.
+    recorded = token_logps(leaf, labels, backend="cuda").detach()
+    out = r2vpo_loss(leaf, labels, recorded, torch.ones(1), backend="cuda")
+    assert torch.equal(out.logps, recorded) and out.stats.second_moment.item() == 0.0
+
+
+# Shared memory in bytes that a block may have, that a multiprocessor has, and whether there are
+# clusters: CUDA's programming guide, "Compute Capabilities".
+DEVICES = {
+    "A100": (166912, 167936, False),
+    "L4": (101376, 102400, False),
+    "H100": (232448, 233472, True),
+    "B200": (232448, 233472, True),
+}
+REAL_CHUNK, CONTROL, REAL_HELD = 512 * 16, 1024, {False: 10, True: 9}
+
+
+@CUDA
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_plan_fits_the_device(device):
+    of_block, of_multiprocessor, clusters = DEVICES[device]
+    for size in (2, 4):
+        for vocabulary in (1, 7, 1000, 32000, 50257, 128256, 151936, 262144, 10**6, 2**31 - 1):
+            cluster, stages, holds = cuda._cuda.plan(
+                of_block, of_multiprocessor, clusters, vocabulary * size // 16
+            )
+            blocks = 1 if holds else 2
+            shared = CONTROL + stages * REAL_CHUNK
+            assert cluster in ((1, 2, 4, 8) if clusters else (1,))
+            assert shared <= of_block and blocks * (shared + 1024) <= of_multiprocessor
+            # Less than a stage more is unused.
+            assert stages == 28 or blocks * (shared + REAL_CHUNK + 1024) > of_multiprocessor or (
+                shared + REAL_CHUNK > of_block
+            )
+
+
+@CUDA
+def test_which_rows_a_device_reads_once():
+    """The largest vocabularies; the README and DERIVATION.md name them."""
+    found = {}
+    for device, (of_block, of_multiprocessor, clusters) in DEVICES.items():
+        for size, entropy in ((2, False), (2, True), (4, False)):
+
+            def once(vocabulary, size=size, entropy=entropy, shared=(of_block, of_multiprocessor),
+                     clusters=clusters):  # fmt: skip
+                words = vocabulary * size // 16
+                cluster, stages, holds = cuda._cuda.plan(*shared, clusters, words)
+                chunks = math.ceil(math.ceil(words / cluster) * 16 / REAL_CHUNK)
+                return chunks <= stages + (REAL_HELD[entropy] if holds else 0)
+
+            low, high = 1, 2**22
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if once(middle) else (low, middle - 1)
+            found[device, size, entropy] = low // 1024
+    assert found == {
+        ("A100", 2, False): 120, ("A100", 2, True): 116, ("A100", 4, False): 60,
+        ("L4", 2, False): 88, ("L4", 2, True): 84, ("L4", 4, False): 44,
+        ("H100", 2, False): 448, ("H100", 2, True): 448, ("H100", 4, False): 224,
+        ("B200", 2, False): 448, ("B200", 2, True): 448, ("B200", 4, False): 224,
+    }  # fmt: skip
+
+
+# The machine code.
+
+TARGETS = ("sm_80", "sm_90a", "sm_100a")
+NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory):
+    """{target: {(kernel, dtype, entropy, held): resources}} of the installed module."""
+    (module,) = (ROOT / "r2vpo_kernels" / "backends").glob("_cuda*.so")
+    folder = tmp_path_factory.mktemp("cubins")
+    run_tool("cuobjdump", "-xelf", "all", module, cwd=folder)
+    found = {}
+    for target in TARGETS:
+        (cubin,) = folder.glob(f"*.{target}.cubin")
+        kernels = {}
+        for mangled, resources in kernels_in(cubin).items():
+            match = re.search(r"kernelINS_\d+([A-Z]\w+?)ENS_\d+([A-Z]\w+?)ELb(\d)ELi(\d+)E", mangled)
+            dtype, kernel, entropy, held = match.groups()
+            kernels[kernel, dtype, entropy == "1", int(held)] = resources
+        found[target] = kernels
+    return found
+
+
+@NVCC
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_machine_code_is_as_meant(machine_code, target):
+    """No spills, room for two blocks, 16-byte accesses, and copies that the loading warp makes."""
+    kernels = machine_code[target]
+    # Three dtypes: log-probs both ways and the one-pass, with entropy and without; the one-pass
+    # also with a part of the row in registers; scaling.
+    assert len(kernels) == 3 * (2 + 2 + 2 + 2 + 1)
+    bulk = target != "sm_80"
+    for (kernel, dtype, entropy, held), r in kernels.items():
+        name = f"{kernel} {dtype} {entropy=} {held=}"
+        assembly = r["assembly"]
+
+        def count(pattern, assembly=assembly):
+            return len(re.findall(rf"\b{pattern}\b", assembly))
+
+        assert r["spills"] == 0, name
+        # None of its own but what the system takes from sm_90 on.
+        assert r["shared"] <= 1024, name
+        if bulk and held:
+            # Clusters take its place.
+            assert count("LDG") == count("STG") == 0, name
+            continue
+        # Nine warps a block, on four schedulers of 16384 registers.
+        warps = math.ceil(9 * (1 if held else 2) / 4)
+        assert r["registers"] <= 16384 // warps // 32 // 8 * 8, name
+        assert count(r"UBLKCP[\w.]*") == (1 if bulk else 0), name
+        assert (count(r"LDGSTS\.E\.BYPASS\.128") >= 1) == (not bulk), name
+        # Logits come by those copies; what is loaded otherwise is per token, or a row's edge.
+        assert max(r["loads"], default=0) <= 8, name
+        if dtype != "Float32":
+            # An edge in each look of its own, and the label.
+            assert r["loads"].count(2) == {"LogpsForward": 2, "OnePass": 2}.get(kernel, 1), name
+        assert count(r"LDS\.128") >= 2, name
+        has_gradient = kernel != "LogpsForward"
+        assert (r["stores"].count(16) >= 2) == has_gradient, name
+        assert (count(r"STG\.E\.EF\.128") == r["stores"].count(16)), name
+        # The parts of a row's sum go to the cluster's other blocks.
+        sums = kernel in ("LogpsForward", "OnePass")
+        assert count(r"STAS\.128") == (1 if bulk and sums else 0), name
+
+
+@NVCC
+def test_without_a_driver_it_imports_and_a_launch_raises_in_cudas_words():
+    program = """
+import torch
+from r2vpo_kernels import ops
+from r2vpo_kernels.backends import cuda
+z = torch.zeros(1, 2, 3)
+print(ops.why_not("cuda", z))
+try:
+    with_gpu = torch.cuda.is_available()
+    cuda._launchers.where = lambda logits, dlogits: (0 if not with_gpu else 10**6, 0)
+    cuda.scale(z, torch.tensor(0.5))
+except RuntimeError as error:
+    print(error)
+print(z.any().item())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )  # fmt: skip
+    why, error, touched = run.stdout.splitlines()
+    assert why == "it runs on a GPU, and logits are on cpu", run.stderr
+    assert re.fullmatch(r"cudaSetDevice: cudaError\w+: .+", error) and touched == "False"
+
+
+def test_it_is_chosen_only_where_results_show_it_right_and_faster():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from gpu import where_cuda_is_faster
+
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    shown = set()
+    for path in files:
+        shown |= where_cuda_is_faster(json.loads(path.read_text()))
+    assert ops.CUDA_IS_FASTER <= shown
+
+
+def test_which_results_show_it():
+    """Every number of tokens of a dtype and V: timed, which nothing wrong is, and ahead."""
+    from gpu import where_cuda_is_faster
+
+    def row(contender, n, ms, status="timed", v=32000):
+        return {"contender": contender, "n": n, "v": v, "dtype": "bfloat16", "both_ms": ms,
+                "status": status}  # fmt: skip
+
+    def found(*rows, ok=True):
+        parts = {"grid": {"rows": list(rows)}, "tests": {"ok": ok}, "racecheck": {"ok": True},
+                 "memcheck": {"ok": True}}  # fmt: skip
+        return where_cuda_is_faster({"environment": {"device": "A"}, "parts": parts})
+
+    triton, cuda_row = row("triton one-pass", 8, 2.0), row("cuda one-pass", 8, 1.5)
+    assert found(triton, cuda_row) == {("A", torch.bfloat16, 32000)}
+    assert found(triton, cuda_row, ok=False) == set()
+    assert found(triton, row("cuda one-pass", 8, 2.5)) == set()
+    assert found(triton, row("cuda one-pass", 8, 1.5, "wrong: loss")) == set()
+    assert found(triton, cuda_row, row("triton one-pass", 16, 2.0)) == set()
+    slower = row("triton one-pass", 16, 2.0), row("cuda one-pass", 16, 3.0)
+    assert found(triton, cuda_row, *slower) == set()
+    assert found(triton) == set()
+
+
+def test_auto_takes_it_where_it_is_faster(monkeypatch):
+    class OnGpu:
+        is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.bfloat16, (1, 2, 32000)
+
+    class Properties:
+        name = "A"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert ops.choose_backend("auto", OnGpu) == "triton"
+    monkeypatch.setattr(ops, "CUDA_IS_FASTER", frozenset({("A", torch.bfloat16, 32000)}))
+    assert ops.choose_backend("auto", OnGpu) == "cuda"
+    OnGpu.dtype = torch.float32
+    assert ops.choose_backend("auto", OnGpu) == "triton"
+
+
+@pytest.mark.parametrize(
+    "capability, runs", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True),
+                         ((10, 0), True), ((10, 3), False), ((12, 0), False)],
+)  # fmt: skip
+def test_a_gpu_that_it_is_not_compiled_for_is_named(monkeypatch, capability, runs):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = cuda.why_not(torch.device("cuda", 0))
+    assert (reason is None) == runs
+    if reason:
+        assert f"has {capability[0]}.{capability[1]}" in reason
+
+
+def test_the_build_without_cuda_and_with_an_nvcc_that_fails(tmp_path):
+    assert "cuda" not in build(tmp_path / "without", CXX="no-such-compiler")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'fatal error: no such architecture'\nexit 1\n")
+    nvcc.chmod(0o755)
+    path = f"{nvcc.parent}:{os.environ['PATH']}"
+    report = build(tmp_path / "with", PATH=path, R2VPO_KERNELS_CUDA="1", CXX="true")
+    assert report["cuda"] == "not built: nvcc failed: fatal error: no such architecture"
