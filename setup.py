@@ -5,6 +5,7 @@ without it, and `python -m r2vpo_kernels` says what was missing. R2VPO_KERNELS_C
 environment leaves the CUDA kernels out.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -64,6 +65,20 @@ def find_compiler():
     raise CannotBuild(
         f"no C++ compiler was found (looked for {', '.join(command[0] for command in commands)})"
     )
+
+
+def pybind11_headers():
+    """Its own, or those that torch brings along."""
+    try:
+        import pybind11
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        if torch is not None and torch.submodule_search_locations:
+            folder = Path(torch.submodule_search_locations[0]) / "include"
+            if (folder / "pybind11").exists():
+                return str(folder)
+        raise CannotBuild("the build needs pybind11, which is not installed") from None
+    return pybind11.get_include()
 
 
 def escaped(text):
@@ -136,10 +151,9 @@ class BuildWithNinja(build_ext):
         compiler = find_compiler()
         try:
             import ninja  # noqa: F401
-            import pybind11
-        except ImportError as error:
-            raise CannotBuild(f"the build needs {error.name}, which is not installed") from None
-        includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        except ImportError:
+            raise CannotBuild("the build needs ninja, which is not installed") from None
+        includes = [pybind11_headers(), sysconfig.get_path("include")]
         searched = [f"-isystem {shlex.quote(path)}" for path in includes]
         flags = [FLAGS, *searched, os.environ.get("CXXFLAGS", "")]
         targets = (f"-gencode arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS)

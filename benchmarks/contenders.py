@@ -7,7 +7,6 @@ where it has no backward, with the objective that it is held to and the bytes th
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py [--out results.json]
 
-The parts: recompilations and host synchronisations, parity and laws on the device, the benchmarks
-from logits and from hidden states, DRAM bytes per logit, memory and race checks. Each runs in a
+The parts: building the CUDA kernels, recompilations, host synchronisations and graphs, parity and
+laws on the device, the benchmarks from logits and from hidden states, DRAM bytes per logit, memory
+and race checks. Each runs in a
 process of its own with a limit of its own, so that one that fails or hangs loses nothing else; what
 the time left does not hold is skipped, and says so. Writes one JSON; exits with 1 where a check
 failed.
@@ -99,6 +100,21 @@ def work(name: str, limit: float) -> Findings:
     if done.code != 0:
         return {"ok": False, "note": f"exit status {done.code}", "output": done.tail}
     return json.loads(done.output.strip().splitlines()[-1])
+
+
+def build(limit: float) -> Findings:
+    """The extensions, in place, for this machine's Python."""
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    done = run(command, limit)
+    if done.code is None:
+        return stopped(done)
+    path = ROOT / "r2vpo_kernels" / "backends" / "build_report.json"
+    if done.code != 0 or not path.exists():
+        return {"ok": None, "note": f"exit status {done.code}", "output": done.tail}
+    report = json.loads(path.read_text())
+    cuda = report.get("cuda", "not built: no nvcc")
+    built = cuda.startswith("built by")
+    return {"ok": built or None, "note": cuda, "report": report}
 
 
 def missing_for_tests() -> list[str]:
@@ -215,16 +231,22 @@ def where_cuda_is_faster(results: dict[str, Any]) -> set[tuple[str, Any, int]]:
 
 def traffic(limit: float) -> Findings:
     """DRAM bytes per bfloat16 logit of each launch, by the hardware's own counters."""
-    from gpu_work import TRAFFIC, TRAFFIC_SHAPE
+    from gpu_work import BACKENDS, CUDA_KERNEL, TRAFFIC, TRAFFIC_SHAPE
 
+    launched = [
+        (f"{backend} {name}", kernel if backend == "triton" else CUDA_KERNEL, expected)
+        for backend in BACKENDS
+        for name, kernel, expected in TRAFFIC
+    ]
     if shutil.which("ncu") is None:
         return {"ok": None, "note": "no ncu on the path"}
     metrics = ("dram__bytes_read.sum", "dram__bytes_write.sum")
-    names = "|".join(sorted({kernel for _, kernel, _ in TRAFFIC}))
+    names = "|".join(sorted({kernel for _, kernel, _ in launched}))
     done = run(
         [
             "ncu", "--csv", "--print-units", "base", "--metrics", ",".join(metrics),
-            "--clock-control", "none", "--kernel-name", f"regex:^({names})$",
+            "--clock-control", "none", "--print-kernel-base", "function",
+            "--kernel-name", f"regex:^({names})$",
             sys.executable, str(HERE / "gpu_work.py"), "traffic",
         ],
         limit,
@@ -239,11 +261,11 @@ def traffic(limit: float) -> Findings:
     if done.code != 0 or not launches:
         return {"ok": None, "note": "ncu counted nothing", "output": done.tail}
     kernels = [kernel for kernel, _ in launches]
-    if kernels != [kernel for _, kernel, _ in TRAFFIC]:
+    if kernels != [kernel for _, kernel, _ in launched]:
         return {"ok": False, "note": f"launched: {', '.join(kernels)}"}
     batch, length, vocabulary = TRAFFIC_SHAPE
     checks = {}
-    for (name, _, expected), (_, values) in zip(TRAFFIC, launches, strict=True):
+    for (name, _, expected), (_, values) in zip(launched, launches, strict=True):
         read, written = (values[m] / (batch * length * vocabulary) for m in metrics)
         checks[name] = at_most(read + written, expected + MORE_BYTES)
         checks[name] |= {"read": read, "written": written, "expected": expected}
@@ -305,7 +327,7 @@ class Part:
 
 def check_imports() -> int:
     """Without a GPU: everything that would run, as far as it goes. 1 if something does not."""
-    for name in ("measure", "contenders", "parity", "loss", "linear", "gpu_work"):
+    for name in ("measure", "contenders", "parity", "loss", "linear", "tune", "gpu_work"):
         importlib.import_module(name)
         print(f"imports: benchmarks/{name}.py")
     if missing_for_tests():
@@ -353,8 +375,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # The most telling first: what comes last is what a slow machine skips.
     parts = [
+        Part("build", build, 150, 30),
         Part("syncs", lambda limit: work("syncs", limit), 60, 15),
         Part("recompilations", lambda limit: work("recompilations", limit), 90, 30),
+        Part("graphs", lambda limit: work("graphs", limit), 60, 15),
         Part("tests", tests, 200, 60),
         Part("grid", lambda limit: from_logits(limit, folder), 170, 60),
         Part("linear", lambda limit: from_hidden_states(limit, folder), 120, 60),

@@ -1,12 +1,13 @@
 """What `gpu.py` runs in processes of their own, some of them under a tool.
 
-    python benchmarks/gpu_work.py recompilations|syncs|sanitize|traffic
+    python benchmarks/gpu_work.py recompilations|syncs|graphs|sanitize|traffic
 
-The first two print a JSON object as their last line; the others are watched from outside.
+The first three print a JSON object as their last line; the others are watched from outside.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import warnings
@@ -19,9 +20,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from r2vpo_kernels import VarianceConstraint, linear_r2vpo_loss, r2vpo_loss, token_logps
+from r2vpo_kernels import VarianceConstraint, linear_r2vpo_loss, ops, r2vpo_loss, token_logps
 
 DEVICE = "cuda"
+# The backends of a GPU that are installed.
+BACKENDS = [name for name in ("triton", "cuda") if name in ops.KERNELS]
 ROUTES: dict[str, dict[str, Any]] = {
     "one-pass": {},
     "in place": {"inplace": True},
@@ -38,8 +41,9 @@ LINEAR_ROUTES: dict[str, tuple[dict[str, Any], int]] = {
     "linear, compact=False": ({"compact": False}, 0),
     "linear, group, compact=False": ({"center": "group", "compact": False}, 0),
 }
-# Tokens and vocabulary whose DRAM bytes are counted, and the launches in their order, each with the
-# bytes per bfloat16 logit that Eq. 15 gives.
+# Tokens and vocabulary whose DRAM bytes are counted, and the launches of a backend in their order:
+# Triton's kernel, and the bytes per bfloat16 logit that Eq. 15 gives. CUDA's kernels are instances
+# of one.
 TRAFFIC_SHAPE = (8, 512, 151936)
 TRAFFIC = [
     ("log-probs without grad", "logps_forward_kernel", 2.0),
@@ -50,6 +54,9 @@ TRAFFIC = [
     ("general, forward", "logps_forward_kernel", 2.0),
     ("general, backward", "logps_backward_kernel", 4.0),
 ]
+
+
+CUDA_KERNEL = "row_kernel"
 
 
 def draw(batch: int, length: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -63,11 +70,16 @@ def draw(batch: int, length: int, vocabulary: int, dtype: torch.dtype) -> tuple[
 
 
 def call(
-    logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor, **keywords: Any
+    logits: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    backend: str = "triton",
+    **keywords: Any,
 ) -> Any:
     """Forward, and backward with an upstream gradient other than 1."""
     out = r2vpo_loss(
-        logits, labels, old_logps, advantages, backend="triton",
+        logits, labels, old_logps, advantages, backend=backend,
         ref_logps=old_logps - 0.1 if "kl_coef" in keywords else None, **keywords,
     )  # fmt: skip
     (out.loss.sum() * 0.5).backward()
@@ -76,7 +88,7 @@ def call(
 
 def linear_call(hidden: Tensor, *arguments: Any, head: Tensor, **keywords: Any) -> Any:
     """The same from hidden states."""
-    out = linear_r2vpo_loss(hidden, head, *arguments, backend="triton", **keywords)
+    out = linear_r2vpo_loss(hidden, head, *arguments, **keywords)
     (out.loss.sum() * 0.5).backward()
     return out
 
@@ -123,12 +135,16 @@ def syncs() -> dict[str, Any]:
         hidden = torch.randn(4, 8, 64, dtype=dtype, device=DEVICE, requires_grad=True)
         head = torch.randn(50257, 64, dtype=dtype, device=DEVICE, requires_grad=True)
         steps: dict[str, tuple[Callable[..., Any], Tensor, dict[str, Any], int]] = {}
-        for route, keywords in ROUTES.items():
-            steps[route] = call, logits.requires_grad_(), keywords, 0
-        for route, (keywords, expected) in LINEAR_ROUTES.items():
-            # float16 recomputes on every route.
-            again = dtype == torch.float16 and expected == 1
-            steps[route] = linear_call, hidden, keywords | {"head": head}, expected + again
+        for backend in BACKENDS:
+            by = {"backend": backend}
+            for route, keywords in ROUTES.items():
+                leaf = logits.requires_grad_()
+                steps[f"{backend} {route}"] = call, leaf, keywords | by, 0
+            for route, (keywords, expected) in LINEAR_ROUTES.items():
+                # float16 recomputes on every route.
+                again = dtype == torch.float16 and expected == 1
+                with_head = keywords | by | {"head": head}
+                steps[f"{backend} {route}"] = linear_call, hidden, with_head, expected + again
         for route, (function, leaf, keywords, expected) in steps.items():
 
             def once(
@@ -165,39 +181,72 @@ def syncs() -> dict[str, Any]:
     return {"ok": all(x["ok"] for x in found.values()), "note": note, "routes": found}
 
 
+def graphs() -> dict[str, Any]:
+    """A captured forward and backward, replayed on other logits: the bits of the same call."""
+    found = {}
+    for backend in BACKENDS:
+        for dtype in (torch.bfloat16, torch.float16):
+            logits, *rest = draw(2, 8, 151936, dtype)
+            other = torch.randn_like(logits)
+
+            def once(
+                logits: Tensor = logits, rest: list[Tensor] = rest, backend: str = backend
+            ) -> tuple[Tensor, Tensor]:
+                leaf = logits.detach().requires_grad_()
+                out = r2vpo_loss(leaf, *rest, backend=backend)
+                return out.logps, torch.autograd.grad(out.loss, leaf)[0]
+
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                once()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = once()
+            logits.copy_(other)
+            graph.replay()
+            same = all(torch.equal(a, b) for a, b in zip(captured, once(), strict=True))
+            found[f"{backend} {str(dtype).removeprefix('torch.')}"] = same
+    note = f"{sum(found.values())} of {len(found)} replays gave the same bits"
+    return {"ok": all(found.values()), "note": note, "replays": found}
+
+
 def sanitize() -> None:
     """Each kernel on rows of one block and of several, aligned or not, strided, in place."""
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for vocabulary in (333, 20016):
+        # The last is shared out between blocks of a cluster.
+        for vocabulary in (333, 20016, 90007):
             for route in ("one-pass", "in place", "entropy and KL", "group"):
                 if dtype == torch.float16 and route != "group":
                     continue
-                for strided in (False, True):
+                for strided, backend in itertools.product((False, True), BACKENDS):
                     logits, labels, old_logps, advantages = draw(2, 4, vocabulary, dtype)
                     logits = logits.requires_grad_() * 1
                     if strided:
                         logits, labels, old_logps = (x[:, :-1] for x in (logits, labels, old_logps))
-                    call(logits, labels, old_logps, advantages, **ROUTES[route])
+                    call(logits, labels, old_logps, advantages, backend, **ROUTES[route])
     torch.cuda.synchronize()
 
 
 def traffic() -> None:
-    """The launches of TRAFFIC, in that order."""
+    """The launches of TRAFFIC by each backend, in that order."""
     logits, labels, old_logps, advantages = draw(*TRAFFIC_SHAPE, torch.bfloat16)
     labels[0, 0] = 0
     leaf = logits.requires_grad_()
-    with torch.no_grad():
-        token_logps(leaf, labels, backend="triton")
-    for keywords in ROUTES["one-pass"], ROUTES["in place"], ROUTES["group"]:
-        logits = leaf * 1
-        out = r2vpo_loss(
-            logits, labels, old_logps, advantages, backend="triton", **keywords
-        )  # fmt: skip
-        torch.autograd.grad(out.loss, logits)
+    for backend in BACKENDS:
+        with torch.no_grad():
+            token_logps(leaf, labels, backend=backend)
+        for keywords in ROUTES["one-pass"], ROUTES["in place"], ROUTES["group"]:
+            logits = leaf * 1
+            out = r2vpo_loss(logits, labels, old_logps, advantages, backend=backend, **keywords)
+            torch.autograd.grad(out.loss, logits)
     torch.cuda.synchronize()
 
 
-WORK = {"recompilations": recompilations, "syncs": syncs, "sanitize": sanitize, "traffic": traffic}
+WORK = {
+    "recompilations": recompilations, "syncs": syncs, "graphs": graphs, "sanitize": sanitize,
+    "traffic": traffic,
+}  # fmt: skip
 
 if __name__ == "__main__":
     result = WORK[sys.argv[1]]()

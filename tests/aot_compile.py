@@ -47,7 +47,7 @@ def resources(kernel, target) -> dict:
             file.flush()
             (found,) = kernels_in(file.name).values()
         registers, spills = found["registers"], found["spills"]
-        loads, stores = found["loads"], found["stores"]
+        loads, stores = sorted(found["loads"] + found["copies"]), found["stores"]
         maxima = re.findall(r"\b(?:max|min)\S*\.f32", kernel.asm["ptx"])
         loses_nan = [m for m in maxima if ".NaN" not in m]
         # In bfloat16 the label's logit is the only narrow load of an aligned row.

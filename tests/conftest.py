@@ -19,9 +19,9 @@ if DEVICE_NAME == "cpu":
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from small_steps import walk_in_small_steps  # noqa: E402
 
 from r2vpo_kernels import ops  # noqa: E402
-from r2vpo_kernels.backends import triton_kernels  # noqa: E402
 
 # The trainers are installed for one Python (requirements-dev.txt).
 TRAINERS = ["test_adapters.py", "test_trl.py", "test_verl.py"]
@@ -41,7 +41,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 def _several_blocks_per_row():
     """Small blocks, so that small vocabularies are read in several."""
     if DEVICE_NAME == "cpu":
-        triton_kernels.MAX_THREADS = 4
+        walk_in_small_steps()
 
 
 @pytest.fixture(scope="session", autouse=True)

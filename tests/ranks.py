@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from small_steps import walk_in_small_steps
 
 from r2vpo_kernels.backends import triton_kernels
 
@@ -17,7 +18,7 @@ def _work(rank: int, ranks: int, meeting_point: str, function: Callable, argumen
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # torch.empty comes filled with NaN
     if triton_kernels.INTERPRETED:
-        triton_kernels.MAX_THREADS = 4
+        walk_in_small_steps()
     # Ranks that wait for one another are an error soon.
     dist.init_process_group(
         "gloo", init_method=meeting_point, rank=rank, world_size=ranks, timeout=timedelta(minutes=2)

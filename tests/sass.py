@@ -1,7 +1,11 @@
-"""What a compiled CUDA kernel is made of, by the disassembler that comes with Triton."""
+"""What compiled CUDA kernels are made of, by the disassembler that comes with Triton.
+
+python tests/sass.py            # those of the module r2vpo_kernels.backends._cuda
+"""
 
 import re
 import subprocess
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +23,7 @@ def kernels_in(cubin):
     """{mangled name: its resources} of each kernel in a file of machine code.
 
     Registers, bytes of static shared memory, spills (instructions and bytes), the width in bytes of
-    each access to global memory, and the instructions themselves.
+    each access to global memory (copies: to shared memory), and the instructions themselves.
     """
     usage = run_tool("cuobjdump", "--dump-resource-usage", cubin)
     sections = re.split(r"^\s*\.section\s+", run_tool("nvdisasm", "-c", cubin), flags=re.MULTILINE)
@@ -33,9 +37,29 @@ def kernels_in(cubin):
             "shared": counts["SHARED"],
             "spills": spills,
             "loads": sorted(_widths("LDG", assembly)),
+            "copies": sorted(_widths("LDGSTS", assembly)),
             "stores": sorted(_widths("STG", assembly)),
             "assembly": assembly,
         }
+    return found
+
+
+def cuda_kernels():
+    """{target: {(kernel, dtype, entropy, chunks held): resources}} of the CUDA backend as built."""
+    folder = Path(__file__).resolve().parent.parent / "r2vpo_kernels" / "backends"
+    (module,) = folder.glob("_cuda*.so")
+    found = {}
+    with tempfile.TemporaryDirectory() as cubins:
+        run_tool("cuobjdump", "-xelf", "all", module, cwd=cubins)
+        for cubin in sorted(Path(cubins).glob("*.cubin")):
+            kernels = {}
+            for mangled, resources in kernels_in(cubin).items():
+                name = r"row_kernelINS_\d+([A-Z]\w+?)ENS_\d+([A-Z]\w+?)ELb(\d)ELi(\d+)E"
+                dtype, kernel, entropy, held = re.search(name, mangled).groups()
+                kernels[kernel, dtype, entropy == "1", int(held)] = resources
+            # The runtime's own has none.
+            if kernels:
+                found[cubin.suffixes[-2].removeprefix(".")] = kernels
     return found
 
 
@@ -43,3 +67,17 @@ def _widths(instruction, assembly):
     for suffix in re.findall(rf"\b{instruction}\.E((?:\.\w+)*)", assembly):
         named = re.search(r"\.(?:U|S)?(8|16|64|128)\b", suffix)
         yield int(named[1]) // 8 if named else 4
+
+
+def main():
+    print(f"{'target':8} {'kernel':14} {'dtype':9} {'entropy':8} {'held':>4} registers spills")
+    for target, kernels in cuda_kernels().items():
+        for (kernel, dtype, entropy, held), r in sorted(kernels.items()):
+            # From sm_90 on clusters take the place of registers that hold.
+            if target == "sm_80" or not held:
+                about = f"{target:8} {kernel:14} {dtype:9} {entropy!s:8} {held:4}"
+                print(f"{about} {r['registers']:9} {r['spills']:6}")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ void check(cudaError_t error, const char* what) {
 
 template <typename T, typename A, bool kEntropy, int kHeld>
 __global__ void __launch_bounds__(Gpu::kThreads, kHeld ? 1 : 2)
-    kernel(const __grid_constant__ CudaRows rows, const __grid_constant__ A a, int stages) {
+    row_kernel(const __grid_constant__ CudaRows rows, const __grid_constant__ A a, int stages) {
 #if __CUDA_ARCH__ >= 900
   // A cluster holds what one block cannot.
   if constexpr (kHeld > 0) return;
@@ -57,8 +57,9 @@ struct Launcher {
     const Plan plan = make_plan(limits_of(rows.device), words);
     // Only between two looks is there anything to hold.
     constexpr bool kTwo = Looks<A>::kFirst && Looks<A>::kSecond;
-    auto* const function =
-        plan.holds && kTwo ? kernel<T, A, kEntropy, kTwo ? held(kEntropy) : 0> : kernel<T, A, kEntropy, 0>;
+    auto* const function = plan.holds && kTwo
+                               ? row_kernel<T, A, kEntropy, kTwo ? held(kEntropy) : 0>
+                               : row_kernel<T, A, kEntropy, 0>;
     const int bytes = kControl + plan.stages * kChunk * kWordBytes;
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "cudaFuncSetAttribute");

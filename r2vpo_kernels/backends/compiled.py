@@ -1,4 +1,4 @@
-"""What the backends of compiled code share: from checked tensors to addresses and sizes (csrc/bind.h).
+"""What backends of compiled code share: from checked tensors to addresses and sizes (csrc/bind.h).
 
 What an address stands for stays alive in the caller's frame.
 """

@@ -1,4 +1,4 @@
-"""C++ kernels over logits on a CPU (csrc/cpu/): log-probs forward and backward, one-pass, scaling."""
+"""C++ kernels over logits (csrc/cpu/): log-probs forward and backward, one-pass, scaling."""
 
 import torch
 

@@ -8,18 +8,36 @@ label was bad. `dlogits` has the shape of `logits` and rows at the same place wi
 may be `logits`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-# Columns per thread and step, and threads per program: two 16-byte loads of bfloat16 in flight, and
-# in rows that are peeled, which need the registers for their edges, one. The step depends on V and
-# on the alignment alone: a row is summed in the same order in every batch. Not yet tuned on
-# hardware.
-PER_THREAD = 16
+
+class Tuning(NamedTuple):
+    """How rows are walked: in steps of threads·per_thread columns, by this many programs of the
+    persistent kernel to a multiprocessor.
+    """
+
+    threads: int
+    per_thread: int
+    programs: int
+
+
+# By the bytes of a row at most; benchmarks/results/NOTES.md has the reasons. Not yet measured on
+# hardware. The step depends on V, the element size and the alignment alone: a row is summed in the
+# same order by every kernel and in every batch.
+TUNING = (
+    (96 * 2**10, Tuning(threads=256, per_thread=16, programs=2)),
+    (2**63, Tuning(threads=512, per_thread=16, programs=1)),
+)
+# Rows that are peeled need the registers for their edges.
 PER_THREAD_PEELED = 8
-MAX_THREADS = 512
+# What is loaded ahead of its use, by each program.
+BYTES_AHEAD = 48 * 2**10
 REGISTERS = 65536
+MOST_REGISTERS = 128
 VECTOR_BYTES = 16
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -110,12 +128,14 @@ def _load(row, block, lead, end, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 def _store(row, block, lead, end, value, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     place = block * BLOCK + tl.arange(0, BLOCK)
     value = value.to(row.dtype.element_ty)
+    # What is stored is not read again here: it leaves the cache before rows that are.
     if ALIGNED:
-        tl.store(row + place, value, mask=place < end)
+        tl.store(row + place, value, mask=place < end, cache_modifier=".cs")
     elif (block > 0) & ((block + 1) * BLOCK <= end):
-        tl.store(row + place, value)
+        tl.store(row + place, value, cache_modifier=".cs")
     else:
-        tl.store(row + place, value, mask=(place >= lead) & (place < end))
+        edges = (place >= lead) & (place < end)
+        tl.store(row + place, value, mask=edges, cache_modifier=".cs")
 
 
 @triton.jit
@@ -128,7 +148,7 @@ def _store_zeros(row, lead, end, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _first_look(
     row, lead, end, label, temperature,
-    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Eq. 1 and Eq. 3 in one read: the label's logp, max z, log2 of the sum about it, entropy.
 
@@ -143,7 +163,7 @@ def _first_look(
     m = tl.full([BLOCK], LOWEST, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
     r = tl.zeros([BLOCK], tl.float32)
-    for block in range(0, tl.cdiv(end, BLOCK)):
+    for block in tl.range(0, tl.cdiv(end, BLOCK), num_stages=STAGES):
         z = _load(row, block, lead, end, ALIGNED, BLOCK)
         gap = (z - m) * scale
         decay = tl.exp2(-tl.abs(gap))
@@ -170,7 +190,7 @@ def _first_look(
 @triton.jit
 def _second_look(
     row, grad_row, lead, end, label, temperature, logp, top, log_total, entropy, dlogp, dentropy,
-    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
 
@@ -187,7 +207,7 @@ def _second_look(
         p_label = tl.exp(logp)
         at_label -= tl.where(p_label == 0, 0.0, dentropy * p_label * (logp + entropy))
     blocks = tl.cdiv(end, BLOCK)
-    for step in range(0, blocks):
+    for step in tl.range(0, blocks, num_stages=STAGES):
         block = blocks - 1 - step
         z = _load(row, block, lead, end, ALIGNED, BLOCK)
         log2_p = tl.fma(z - top, scale, -log_total)
@@ -240,6 +260,7 @@ def logps_forward_kernel(
     rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
     stride_batch: tl.int64, stride_token: tl.int64,
     ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     for token in range(tl.program_id(0), rows, tl.num_programs(0)):
         label = tl.load(labels + token)
@@ -253,7 +274,7 @@ def logps_forward_kernel(
             )
             logp_t, top_t, log_total_t, entropy_t = _first_look(
                 _row(logits, offset, VECTOR), lead, end, label, tl.load(temperature + token),
-                ENTROPY, ALIGNED, BLOCK,
+                ENTROPY, ALIGNED, BLOCK, STAGES,
             )  # fmt: skip
         tl.store(logps + token, logp_t)
         tl.store(top + token, top_t)
@@ -269,6 +290,7 @@ def logps_backward_kernel(
     stride_batch: tl.int64, stride_token: tl.int64,
     grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
     ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     for token in range(tl.program_id(0), rows, tl.num_programs(0)):
         label = tl.load(labels + token)
@@ -291,7 +313,7 @@ def logps_backward_kernel(
                 _row(logits, offset, VECTOR), grad_row, lead, end, label,
                 tl.load(temperature + token), tl.load(logps + token), tl.load(top + token),
                 tl.load(log_total + token), entropy_t, tl.load(grad_logps + token), dentropy,
-                ENTROPY, ALIGNED, BLOCK,
+                ENTROPY, ALIGNED, BLOCK, STAGES,
             )  # fmt: skip
         else:
             _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
@@ -306,6 +328,7 @@ def one_pass_kernel(
     grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
     ON_POLICY: tl.constexpr, KL: tl.constexpr,
     ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     for token in range(tl.program_id(0), rows, tl.num_programs(0)):
         label = tl.load(labels + token)
@@ -324,7 +347,7 @@ def one_pass_kernel(
             row = _row(logits, offset, VECTOR)
             temperature_t = tl.load(temperature + token)
             logp, top, log_total, entropy_t = _first_look(
-                row, lead, end, label, temperature_t, ENTROPY, ALIGNED, BLOCK
+                row, lead, end, label, temperature_t, ENTROPY, ALIGNED, BLOCK, STAGES
             )
             weight_t = tl.load(weight + token)
             dlogp = _dlogp(
@@ -337,7 +360,7 @@ def one_pass_kernel(
             dentropy = -weight_t * tl.load(entropy_coef) if ENTROPY else 0.0
             _second_look(
                 row, grad_row, lead, end, label, temperature_t, logp, top, log_total, entropy_t,
-                dlogp, dentropy, ENTROPY, ALIGNED, BLOCK,
+                dlogp, dentropy, ENTROPY, ALIGNED, BLOCK, STAGES,
             )  # fmt: skip
         else:
             _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
@@ -351,7 +374,7 @@ def scale_kernel(
     dlogits, upstream,
     rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
     stride_batch: tl.int64, stride_token: tl.int64,
-    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     factor = tl.load(upstream)
     # The usual upstream gradient is 1, and then nothing is read or written.
@@ -361,7 +384,7 @@ def scale_kernel(
                 token, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
             )
             row = _row(dlogits, offset, VECTOR)
-            for block in range(0, tl.cdiv(end, BLOCK)):
+            for block in tl.range(0, tl.cdiv(end, BLOCK), num_stages=STAGES):
                 dz = _load(row, block, lead, end, ALIGNED, BLOCK) * factor
                 _store(row, block, lead, end, dz, ALIGNED, BLOCK)
 
@@ -376,8 +399,19 @@ def _target_options(threads: int) -> dict[str, int | bool]:
     options = {"num_warps": max(1, threads // target.warp_size), "enable_fp_fusion": False}
     if target.backend == "cuda":
         # Left to itself, ptxas spills a word or two to fit twice as many programs.
-        options["maxnreg"] = REGISTERS // MAX_THREADS
+        options["maxnreg"] = min(MOST_REGISTERS, REGISTERS // max(threads, target.warp_size))
     return options
+
+
+def _most_ahead(with_entropy: bool) -> int:
+    """Steps that an aligned row is loaded ahead of its use, into shared memory, at most."""
+    if INTERPRETED:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda" or (with_entropy and target.arch < 90):
+        # Their addresses would take registers that are not there, or so would they themselves.
+        return 0
+    return 3
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -387,7 +421,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _launch(kernel, logits, dlogits, tensors, persistent=False, **flags) -> None:
-    """One program per row of `logits`, or a persistent grid of one per multiprocessor."""
+    """One program per row of `logits`, or a persistent grid."""
     batch, length, vocabulary = logits.shape
     rows = batch * length
     if rows == 0:
@@ -398,16 +432,23 @@ def _launch(kernel, logits, dlogits, tensors, persistent=False, **flags) -> None
     # The stride of a dimension of size 1 is arbitrary and never used.
     strides = [x.stride(dim) if x.shape[dim] > 1 else 0 for x in big for dim in (0, 1)]
     aligned = all(n % vector == 0 for n in (vocabulary, misaligned, *strides))
-    per_thread = PER_THREAD if aligned else PER_THREAD_PEELED
+    row_bytes = vocabulary * logits.element_size()
+    tuning = next(tuning for most, tuning in TUNING if row_bytes <= most)
+    per_thread = tuning.per_thread if aligned else PER_THREAD_PEELED
     longest = vocabulary if aligned else vocabulary + vector - 1
-    block = min(triton.next_power_of_2(longest), MAX_THREADS * per_thread)
-    programs = min(rows, _multiprocessors(logits.device)) if persistent else rows
+    block = min(triton.next_power_of_2(longest), tuning.threads * per_thread)
+    programs = rows
+    if persistent:
+        programs = min(rows, tuning.programs * _multiprocessors(logits.device))
     with torch.cuda.device_of(logits):
         options = _target_options(block // per_thread)
+        ahead = BYTES_AHEAD // (block * logits.element_size())
+        most = _most_ahead(flags.get("ENTROPY", False)) if aligned else 0
         kernel[(programs,)](
             *(_aligned_base(x, misaligned) for x in big), *tensors,
             rows, length, vocabulary, misaligned, *strides,
-            ALIGNED=aligned, VECTOR=vector, BLOCK=block, **flags, **options,
+            ALIGNED=aligned, VECTOR=vector, BLOCK=block, STAGES=1 + min(ahead, most),
+            **flags, **options,
         )  # fmt: skip
 
 
