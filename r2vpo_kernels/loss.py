@@ -496,10 +496,5 @@ def _check_inplace(logits: Tensor) -> None:
     base = logits if logits._base is None else logits._base
     if base.is_leaf and base.requires_grad:
         raise invalid("inplace", True, "False for a leaf or a view of one, whose values must stay")
-    # Rows (B, T) or (N,), each past the end of the one before, in one order or the other.
-    rows = zip(logits.shape[:-1], logits.stride()[:-1], strict=True)
-    end = logits.shape[-1]
-    for n, step in sorted(rows, key=lambda row: row[1]):
-        if n > 1 and step < end:
-            raise invalid("inplace", True, "False for logits whose rows share memory")
-        end += (n - 1) * step
+    if ops.rows_overlap(logits):
+        raise invalid("inplace", True, "False for logits whose rows share memory")

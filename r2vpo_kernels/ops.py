@@ -204,6 +204,18 @@ def _check_arguments(
             raise ValueError(f"{name}: got {_described(*came)}, expected {_described(*wanted)}")
 
 
+def rows_overlap(logits: Tensor) -> bool:
+    """Whether rows (B, T) or (N,) share memory."""
+    # Each must begin past the end of the one before, in one order or the other.
+    rows = zip(logits.shape[:-1], logits.stride()[:-1], strict=True)
+    end = logits.shape[-1]
+    for n, step in sorted(rows, key=lambda row: row[1]):
+        if n > 1 and step < end:
+            return True
+        end += (n - 1) * step
+    return False
+
+
 def _bytes_reached(x):
     """How far into its storage a tensor reaches."""
     if x.numel() == 0:
@@ -222,7 +234,12 @@ def _op(name: str, schema: str, mutates_args: tuple[str, ...] = ()):
 
     def register(function):
         def checked(*arguments):
-            _check_arguments(**dict(zip(names, arguments, strict=True)))
+            given = dict(zip(names, arguments, strict=True))
+            _check_arguments(**given)
+            for name in mutates_args:
+                if rows_overlap(given[name]):
+                    expected = "rows of their own, for they are overwritten"
+                    raise ValueError(f"{name}: got rows that share memory, expected {expected}")
             return function(*arguments)
 
         return torch.library.custom_op(

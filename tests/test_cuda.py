@@ -422,7 +422,7 @@ def test_auto_takes_it_where_it_is_faster(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability, runs", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True),
+    "capability, runs", [((7, 5), False), ((8, 0), True), ((8, 7), False), ((8, 9), True), ((9, 0), True),
                          ((10, 0), True), ((10, 3), False), ((12, 0), False)],
 )  # fmt: skip
 def test_a_gpu_that_it_is_not_compiled_for_is_named(monkeypatch, capability, runs):

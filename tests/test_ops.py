@@ -125,6 +125,15 @@ def test_no_kernel_is_reached_with_an_argument_that_is_wrong(op, kernels, device
         call(*good)
 
 
+@pytest.mark.parametrize("op", [name for name in OPS if name.endswith("_")])
+def test_rows_that_share_memory_are_not_overwritten(op, kernels, device):
+    _, arguments = op_arguments(device, kernels)
+    logits, *rest = arguments[op]
+    shared = logits[:, :1].expand_as(logits)
+    with pytest.raises(ValueError, match="share memory"):
+        getattr(torch.ops.r2vpo_kernels, op)(shared, *rest)
+
+
 def test_tensors_on_two_devices_are_refused(kernels, device):
     # Not through the dispatcher, which answers for a meta tensor itself.
     labels = torch.zeros(12, dtype=torch.long, device="meta")

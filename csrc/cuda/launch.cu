@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Gpu::kThreads, kHeld ? 1 : 2)
   if constexpr (kHeld > 0) return;
 #endif
   Gpu gpu;
-  live<Gpu, T, A, kEntropy, kHeld>(gpu, rows, a, stages);
+  run<Gpu, T, A, kEntropy, kHeld>(gpu, rows, a, stages);
 }
 
 int attribute(cudaDeviceAttr name, int device) {
@@ -54,12 +54,11 @@ struct Launcher {
     if (tokens == 0) return;
     check(cudaSetDevice(rows.device), "cudaSetDevice");
     const std::int64_t words = rows.vocabulary / Place<T>::kColumns;
-    const Plan plan = make_plan(limits_of(rows.device), words);
-    // Only between two looks is there anything to hold.
     constexpr bool kTwo = Looks<A>::kFirst && Looks<A>::kSecond;
-    auto* const function = plan.holds && kTwo
-                               ? row_kernel<T, A, kEntropy, kTwo ? held(kEntropy) : 0>
-                               : row_kernel<T, A, kEntropy, 0>;
+    const Plan plan = make_plan(limits_of(rows.device), words, kTwo);
+    // Of a device each always has the same shared memory, which is set for the function.
+    auto* const function = plan.holds ? row_kernel<T, A, kEntropy, kTwo ? held(kEntropy) : 0>
+                                      : row_kernel<T, A, kEntropy, 0>;
     const int bytes = kControl + plan.stages * kChunk * kWordBytes;
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "cudaFuncSetAttribute");
@@ -85,7 +84,11 @@ struct Launcher {
             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
       resident *= attribute(cudaDevAttrMultiProcessorCount, rows.device);
     }
-    if (resident == 0) throw std::runtime_error("the device holds no block of this size");
+    if (resident == 0) {
+      throw std::runtime_error("the device has no room for a cluster of " +
+                               std::to_string(plan.cluster) + " blocks with " +
+                               std::to_string(bytes) + " bytes of shared memory each");
+    }
     config.gridDim = plan.cluster * static_cast<int>(std::min<std::int64_t>(resident, tokens));
     check(cudaLaunchKernelEx(&config, function, rows, a, plan.stages), "cudaLaunchKernelEx");
   }

@@ -181,27 +181,37 @@ class Gpu {
                      shared(&barrier))
                  : "memory");
   }
+#if __CUDA_ARCH__ >= 900
+#define R2VPO_WAIT "mbarrier.try_wait.parity"
+#define R2VPO_OF_CLUSTER ".acquire.cluster"
+#else
+#define R2VPO_WAIT "mbarrier.test_wait.parity"
+#define R2VPO_OF_CLUSTER
+#endif
+  // For what this block and its copies wrote.
   __device__ __forceinline__ void wait(Barrier& barrier, unsigned parity) const {
-    const unsigned address = shared(&barrier);
     unsigned done;
     do {
-#if __CUDA_ARCH__ >= 900
-      asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
-          " selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(address), "r"(parity)
-          : "memory");
-#else
-      asm volatile(
-          "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;"
-          " selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(address), "r"(parity)
-          : "memory");
-#endif
+      asm volatile("{ .reg .pred p; " R2VPO_WAIT
+                   ".shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(shared(&barrier)), "r"(parity)
+                   : "memory");
     } while (!done);
   }
+  // For what other blocks of the cluster sent.
+  __device__ __forceinline__ void wait_sent(Barrier& barrier, unsigned parity) const {
+    unsigned done;
+    do {
+      asm volatile("{ .reg .pred p; " R2VPO_WAIT R2VPO_OF_CLUSTER
+                   ".shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(shared(&barrier)), "r"(parity)
+                   : "memory");
+    } while (!done);
+  }
+#undef R2VPO_WAIT
+#undef R2VPO_OF_CLUSTER
 
   // By the loading warp: `count` words, whose arrival completes the barrier.
   __device__ __forceinline__ void load(Word* to, const Word* from, int count,

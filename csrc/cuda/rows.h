@@ -248,7 +248,7 @@ R2VPO_DEVICE Part reduced(Machine& machine, Control<Machine>& control, Part part
   if (machine.thread() < machine.cluster()) {
     machine.send(part, control.of_blocks[turn][machine.rank()], exchanged, machine.thread());
   }
-  machine.wait(exchanged, round / 2 % 2);
+  machine.wait_sent(exchanged, round / 2 % 2);
   return gathered<kEntropy>(machine, control.of_blocks[turn], machine.cluster(), scale);
 }
 
@@ -288,9 +288,9 @@ R2VPO_DEVICE Slope<kEntropy> slope_of(const Look& look, float temperature, float
           -dentropy,            look.entropy, label_slope(look.logp, look.entropy, dlogp, dentropy)};
 }
 
-// A thread of the warps that compute, over all rows of its cluster.
+// A thread of the warps that compute, on its way over the rows of its cluster.
 template <typename Machine, typename T, bool kEntropy, int kHeld>
-class Computing {
+class Walker {
   static constexpr int kColumns = Place<T>::kColumns;
   static constexpr int kChunk = Machine::kWarps * kWarpSize * Machine::kWords;
   static constexpr int kCount = Machine::kWords * kColumns;
@@ -311,8 +311,8 @@ class Computing {
     const int columns = static_cast<int>(rows_.vocabulary), thread = machine_.thread();
     if (machine_.rank() != 0) return -1;
     if (thread < place.head) return thread;
-    const int column = place.tail + thread - kColumns;
-    return thread >= kColumns && column < columns ? column : -1;
+    const int past = thread - kColumns;
+    return past >= 0 && past < columns - place.tail ? place.tail + past : -1;
   }
 
   // body(j, word) for each of this thread's words in a chunk that begins at word `begin`.
@@ -372,7 +372,7 @@ class Computing {
   }
 
  public:
-  R2VPO_DEVICE Computing(Machine& machine, Control<Machine>& control, const Rows& rows, int stages)
+  R2VPO_DEVICE Walker(Machine& machine, Control<Machine>& control, const Rows& rows, int stages)
       : machine_(machine), control_(control), rows_(rows), stages_(stages) {
     float z[kColumns];
     R2VPO_UNROLL
@@ -466,11 +466,11 @@ class Computing {
 
 // One row, by kernel.
 
-template <bool kEntropy, typename T, typename Machine, typename Row>
+template <bool kEntropy, typename T, typename Machine, typename Walker>
 R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, std::int64_t i, std::int64_t label,
-                        const Place<T>& place, Row& row) {
+                        const Place<T>& place, Walker& walker) {
   Look look = {};
-  if (label >= 0) look = row.template first_look<LogpsForward>(place, label, a.temperature[i]);
+  if (label >= 0) look = walker.template first_look<LogpsForward>(place, label, a.temperature[i]);
   if (!machine.speaks()) return;
   a.logps[i] = look.logp;
   a.top[i] = look.top;
@@ -478,39 +478,39 @@ R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, std::int64_t 
   if (kEntropy) a.entropy[i] = look.entropy;
 }
 
-template <bool kEntropy, typename T, typename Machine, typename Row>
+template <bool kEntropy, typename T, typename Machine, typename Walker>
 R2VPO_DEVICE void compute(Machine&, const LogpsBackward& a, std::int64_t i, std::int64_t label,
-                        const Place<T>& place, Row& row) {
-  if (label < 0) return row.zero(place);
+                        const Place<T>& place, Walker& walker) {
+  if (label < 0) return walker.zero(place);
   const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
   const auto slope = slope_of<kEntropy>(look, a.temperature[i], a.grad_logps[i],
                                         kEntropy ? a.grad_entropy[i] : 0.0f);
-  row.template second_look<LogpsBackward>(place, slope, label);
+  walker.template second_look<LogpsBackward>(place, slope, label);
 }
 
-template <bool kEntropy, typename T, typename Machine, typename Row>
+template <bool kEntropy, typename T, typename Machine, typename Walker>
 R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, std::int64_t i, std::int64_t label,
-                        const Place<T>& place, Row& row) {
+                        const Place<T>& place, Walker& walker) {
   Look look = {};
   if (label < 0) {
-    row.zero(place);
+    walker.zero(place);
   } else {
     const float temperature = a.temperature[i];
-    look = row.template first_look<OnePass>(place, label, temperature);
+    look = walker.template first_look<OnePass>(place, label, temperature);
     const Token token = token_of(a, i, look.logp);
     const float dentropy = kEntropy ? -token.weight * *a.entropy_coef : 0.0f;
     const auto slope = slope_of<kEntropy>(look, temperature, loss_slope(look.logp, token), dentropy);
-    row.template second_look<OnePass>(place, slope, label);
+    walker.template second_look<OnePass>(place, slope, label);
   }
   if (!machine.speaks()) return;
   a.logps[i] = look.logp;
   if (kEntropy) a.entropy[i] = look.entropy;
 }
 
-template <bool kEntropy, typename T, typename Machine, typename Row>
+template <bool kEntropy, typename T, typename Machine, typename Walker>
 R2VPO_DEVICE void compute(Machine&, const Scale& a, std::int64_t, std::int64_t,
-                        const Place<T>& place, Row& row) {
-  row.template second_look<Scale>(place, Factor{*a.upstream, 0.0f}, -1);
+                        const Place<T>& place, Walker& walker) {
+  walker.template second_look<Scale>(place, Factor{*a.upstream, 0.0f}, -1);
 }
 
 // The loading warp: every chunk of every row, in the order in which the others read them.
@@ -542,9 +542,24 @@ R2VPO_DEVICE void load_rows(Machine& machine, Control<Machine>& control, const R
   }
 }
 
-// A thread's whole life.
+// The computing warps: every row of their cluster.
 template <typename Machine, typename T, typename A, bool kEntropy, int kHeld>
-R2VPO_DEVICE void live(Machine& machine, const Rows& rows, const A& a, int stages) {
+R2VPO_DEVICE void compute_rows(Machine& machine, Control<Machine>& control, const Rows& rows,
+                               const A& a, int stages) {
+  Walker<Machine, T, kEntropy, kHeld> walker(machine, control, rows, stages);
+  const std::int64_t tokens = rows.batch * rows.length, step = machine.row_step();
+  std::int64_t label = label_of(a, machine.first_row());
+  for (std::int64_t i = machine.first_row(); i < tokens; i += step) {
+    // Ahead of the row that waits for it.
+    const std::int64_t next = i + step < tokens ? label_of(a, i + step) : -1;
+    compute<kEntropy>(machine, a, i, label, place_of<T>(machine, rows, i), walker);
+    label = next;
+  }
+}
+
+// What each thread of a launch does. A launch has no more clusters than rows.
+template <typename Machine, typename T, typename A, bool kEntropy, int kHeld>
+R2VPO_DEVICE void run(Machine& machine, const Rows& rows, const A& a, int stages) {
   if (idle(a)) return;
   auto& control = *static_cast<Control<Machine>*>(machine.control());
   if (machine.thread() == 0) {
@@ -559,15 +574,7 @@ R2VPO_DEVICE void live(Machine& machine, const Rows& rows, const A& a, int stage
   if (machine.warp() == Machine::kWarps) {
     load_rows<Machine, T, A, kHeld>(machine, control, rows, a, stages);
   } else {
-    Computing<Machine, T, kEntropy, kHeld> row(machine, control, rows, stages);
-    const std::int64_t tokens = rows.batch * rows.length, step = machine.row_step();
-    std::int64_t label = label_of(a, machine.first_row());
-    for (std::int64_t i = machine.first_row(); i < tokens; i += step) {
-      // Ahead of the row that waits for it.
-      const std::int64_t next = i + step < tokens ? label_of(a, i + step) : -1;
-      compute<kEntropy>(machine, a, i, label, place_of<T>(machine, rows, i), row);
-      label = next;
-    }
+    compute_rows<Machine, T, A, kEntropy, kHeld>(machine, control, rows, a, stages);
   }
   // No block leaves while another may still write to its memory.
   machine.sync_cluster();

@@ -18,9 +18,10 @@ def why_not(device):
     if torch.version.hip:
         return "it runs on NVIDIA GPUs, and this torch is for AMD's"
     major, minor = torch.cuda.get_device_capability(device)
-    # Code for 8.0 runs on all of 8; that for 9.0a and 10.0a nowhere else.
-    if major != 8 and (major, minor) not in ((9, 0), (10, 0)):
-        return f"it is compiled for capability 8.x, 9.0 and 10.0, and {device} has {major}.{minor}"
+    # Code for 8.0 runs on all of 8 but Tegra's; that for 9.0a and 10.0a nowhere else.
+    if (major, minor) not in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0)):
+        has = f"{device} has {major}.{minor}"
+        return f"it is compiled for capability 8.0, 8.6, 8.9, 9.0 and 10.0, and {has}"
     return None
 
 

@@ -1,5 +1,6 @@
 // A GPU for csrc/cuda/rows.h on a CPU: threads take turns in an order drawn at random, copies arrive
-// late and in another order than they were asked for, and what has not arrived is NaN.
+// late and in another order than they were asked for, and what has not arrived is NaN. One warp at a
+// time is so slow, and one copy, that the others come a row or two ahead wherever nothing stops them.
 //
 // A switch from one thread to another happens where threads meet, and now and then elsewhere. What
 // would be undefined on a GPU ends the launch with an error: a deadlock, a word of the ring that is
@@ -28,6 +29,8 @@ namespace r2vpo {
 // Threads that one of them at a time runs, each on a stack of its own.
 class Scheduler {
   static constexpr int kStack = 64 * 1024;
+  // Steps until another warp is slow.
+  static constexpr int kChange = 4096;
 
   struct Fiber {
     jmp_buf at;
@@ -40,7 +43,7 @@ class Scheduler {
   std::vector<int> runnable_;
   std::vector<std::function<void()>> bodies_;
   jmp_buf outside_;
-  int current_ = -1, alive_ = 0;
+  int current_ = -1, alive_ = 0, slow_ = 0;
 
   static Scheduler*& self() {
     static thread_local Scheduler* scheduler = nullptr;
@@ -66,6 +69,26 @@ class Scheduler {
     f.first.uc_link = nullptr;
     makecontext(&f.first, &Scheduler::begin, 0);
     setcontext(&f.first);
+  }
+
+  // One of some, not among the first `but`.
+  template <typename Items>
+  auto take(Items& items, int but = 0) {
+    const int i = but + draw(static_cast<int>(items.size()) - but);
+    std::swap(items[i], items.back());
+    const auto item = std::move(items.back());
+    items.pop_back();
+    return item;
+  }
+
+  // A thread of another warp than the slow one, unless none is found.
+  int take_fast() {
+    for (int tries = 0; tries < 64; ++tries) {
+      const int fiber = take(runnable_);
+      if (fiber / kWarpSize != slow_) return fiber;
+      runnable_.push_back(fiber);
+    }
+    return take(runnable_);
   }
 
   void leave() {
@@ -94,22 +117,15 @@ class Scheduler {
 
   void run() {
     while (alive_ > 0 && error.empty()) {
-      if (!copies.empty() && (runnable_.empty() || draw(16) == 0)) {
-        const int i = draw(static_cast<int>(copies.size()));
-        std::swap(copies[i], copies.back());
-        const auto copy = std::move(copies.back().first);
-        copies.pop_back();
-        copy();
-        continue;
-      }
-      if (runnable_.empty()) {
+      if (draw(kChange) == 0) slow_ = draw(static_cast<int>(fibers_.size()) / kWarpSize);
+      if (runnable_.empty() && copies.empty()) {
         error = "deadlock: every thread waits";
-        break;
+      } else if (runnable_.empty() || (copies.size() > 1 && draw(16) == 0) ||
+                 (!copies.empty() && draw(kChange) == 0)) {
+        take(copies, copies.size() > 1 && draw(kChange) != 0 ? 1 : 0).first();
+      } else {
+        resume(take_fast());
       }
-      std::swap(runnable_[draw(static_cast<int>(runnable_.size()))], runnable_.back());
-      const int fiber = runnable_.back();
-      runnable_.pop_back();
-      resume(fiber);
     }
     if (error.empty() && !copies.empty()) error = "a copy arrives after the end";
     if (!error.empty()) throw std::runtime_error("emulator: " + error);
@@ -302,6 +318,7 @@ class Emulated {
     scheduler().maybe_yield();
     while (barrier.phase % 2 == parity) scheduler().sleep(scheduler().waiting[&barrier]);
   }
+  void wait_sent(Barrier& barrier, unsigned parity) const { wait(barrier, parity); }
   void complete(Barrier& barrier) const {
     if (barrier.pending != 0 || barrier.bytes != 0) return;
     barrier.pending = barrier.arrivals;

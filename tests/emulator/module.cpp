@@ -21,7 +21,7 @@ struct Device {
 } device;
 
 template <typename Machine, typename T, typename A, bool kEntropy, int kHeld>
-void run(const CudaRows& rows, const A& a, const Plan& plan) {
+void emulate(const CudaRows& rows, const A& a, const Plan& plan) {
   const std::int64_t tokens = rows.batch * rows.length;
   const int of = static_cast<int>(std::min<std::int64_t>(device.clusters, tokens));
   for (int index = 0; index < of; ++index) {
@@ -46,7 +46,7 @@ void run(const CudaRows& rows, const A& a, const Plan& plan) {
       for (int thread = 0; thread < Machine::kThreads; ++thread) {
         cluster.scheduler.add([&, thread] {
           Machine machine(block, thread);
-          live<Machine, T, A, kEntropy, kHeld>(machine, rows, a, plan.stages);
+          r2vpo::run<Machine, T, A, kEntropy, kHeld>(machine, rows, a, plan.stages);
         });
       }
     }
@@ -64,9 +64,10 @@ struct Launcher {
     using Bulk = Emulated<true>;
     using Narrow = Emulated<false>;
     const std::int64_t words = rows.vocabulary / Place<T>::kColumns;
-    const Plan plan = make_plan(device.limits, words, Bulk::kChunk, 0);
-    device.limits.clusters ? run<Bulk, T, A, kEntropy, 0>(rows, a, plan)
-                           : run<Narrow, T, A, kEntropy, kHeld>(rows, a, plan);
+    const Plan plan = make_plan(device.limits, words, Looks<A>::kFirst && Looks<A>::kSecond,
+                                Bulk::kChunk, 0);
+    device.limits.clusters ? emulate<Bulk, T, A, kEntropy, 0>(rows, a, plan)
+                           : emulate<Narrow, T, A, kEntropy, kHeld>(rows, a, plan);
   }
 };
 
@@ -95,7 +96,7 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("seed"));
   // (blocks, stages, whether registers hold a part) for rows of `words` words on a real GPU.
   m.def("plan", [](int of_block, int of_multiprocessor, bool clusters, std::int64_t words) {
-    const Plan plan = make_plan({of_block, of_multiprocessor, clusters}, words);
+    const Plan plan = make_plan({of_block, of_multiprocessor, clusters}, words, true);
     return std::make_tuple(plan.cluster, plan.stages, plan.holds);
   });
   // (address, bytes) of what was read and written since.
