@@ -179,8 +179,9 @@ def routes():
 
     What is traced is the same for all kernels: a backend is a string that an op takes.
     """
-    every = [(backend, name) for backend in ("eager", "triton") for name in ROUTES]
-    every += [(backend, "one pass") for backend in KERNELS if backend != "triton"]
+    own = "cpp" if "cpp" in KERNELS else "triton"
+    every = [(backend, name) for backend in ("eager", own) for name in ROUTES]
+    every += [(backend, "one pass") for backend in KERNELS if backend != own]
     for backend, name in every:
         yield pytest.param(backend, name, "aot_eager", id=f"{backend}-{name}")
     for backend, name in (("eager", "group"), ("triton", "one pass"), ("auto", "entropy and KL")):
