@@ -80,8 +80,9 @@ struct Launcher {
       check(cudaOccupancyMaxActiveClusters(&resident, function, &config),
             "cudaOccupancyMaxActiveClusters");
     } else {
-      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, Gpu::kThreads, bytes),
-            "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+      const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &resident, function, Gpu::kThreads, bytes);
+      check(error, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
       resident *= attribute(cudaDevAttrMultiProcessorCount, rows.device);
     }
     if (resident == 0) {

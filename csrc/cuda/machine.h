@@ -55,7 +55,7 @@ class Gpu {
   }
 
  public:
-  static constexpr int kWarps = r2vpo::kWarps, kWords = r2vpo::kWords;
+  static constexpr int kWarps = r2vpo::kWarps, kWords = r2vpo::kWords, kChunk = r2vpo::kChunk;
   static constexpr int kLoaders = kBulk ? 1 : kWarpSize;
   static constexpr int kThreads = (kWarps + 1) * kWarpSize;
 

@@ -51,7 +51,7 @@ static_assert(sizeof(Word) == kWordBytes, "");
 constexpr float kLowest = -3.4028234663852886e38f;  // finite: -inf meets no inf - inf
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kWarpSize = 32;  // of a warp
+constexpr int kWarpSize = 32;
 
 // What one thread, warp, block or cluster has found of a row: max z, Σ 2^x and Σ 2^x·x with
 // x = (z - top)·scale, and the label's logit. 16 bytes, because that is what blocks send.
@@ -145,8 +145,8 @@ R2VPO_DEVICE bool idle(const A&) {
   return false;
 }
 
-// Eq. 14, a thread's part. Columns at the same place of a word share a chain of additions, so that
-// the longest is a word per chunk.
+// Eq. 14, a thread's part. Columns at the same place of a word share a chain of additions, which is
+// then as long as the thread's words are many.
 template <bool kEntropy, int kColumns>
 struct Sums {
   float top = kLowest;
@@ -201,8 +201,8 @@ struct Sums {
   static constexpr float kLowestExponent = -150.0f;  // 2^x is 0 below
 };
 
-// The sum of the parts that `count` neighbouring lanes have, a power of two of them, in each of those
-// lanes and with the same bits.
+// The sum of the parts that `count` neighbouring lanes have, a power of two, in each of them and with
+// the same bits.
 template <bool kEntropy, typename Machine>
 R2VPO_DEVICE Part merged(Machine& machine, Part part, int count, float scale) {
   float top = part.top;
@@ -281,26 +281,27 @@ struct Factor {
 
 template <bool kEntropy>
 R2VPO_DEVICE Slope<kEntropy> slope_of(const Look& look, float temperature, float dlogp,
-                                    float dentropy) {
+                                      float dentropy) {
   dlogp /= temperature;
   dentropy /= temperature;
-  return {kLog2E / temperature, look.top,     -look.log_total, -dlogp,
-          -dentropy,            look.entropy, label_slope(look.logp, look.entropy, dlogp, dentropy)};
+  const float at_label = label_slope(look.logp, look.entropy, dlogp, dentropy);
+  return {kLog2E / temperature, look.top, -look.log_total, -dlogp, -dentropy, look.entropy,
+          at_label};
 }
 
 // A thread of the warps that compute, on its way over the rows of its cluster.
 template <typename Machine, typename T, bool kEntropy, int kHeld>
 class Walker {
   static constexpr int kColumns = Place<T>::kColumns;
-  static constexpr int kChunk = Machine::kWarps * kWarpSize * Machine::kWords;
+  static constexpr int kChunk = Machine::kChunk;
   static constexpr int kCount = Machine::kWords * kColumns;
 
   Machine& machine_;
   Control<Machine>& control_;
   const Rows& rows_;
   const int stages_;
-  Cursor at_;           // the next chunk that comes
-  Cursor kept_;         // the first that stays in the ring between the looks
+  Cursor at_;    // the next chunk that comes
+  Cursor kept_;  // the first that stays in the ring between the looks
   Word held_[kHeld + 1][Machine::kWords];
   Word nothing_;  // columns of -inf
   float at_edge_ = 0.0f;
@@ -315,7 +316,7 @@ class Walker {
     return past >= 0 && past < columns - place.tail ? place.tail + past : -1;
   }
 
-  // body(j, word) for each of this thread's words in a chunk that begins at word `begin`.
+  // body(j, word) for each of this thread's words in a chunk, which is word `word` of the share.
   template <typename Body>
   R2VPO_DEVICE void for_each_word(const Place<T>& place, int chunk, Body body) const {
     R2VPO_UNROLL
@@ -354,7 +355,7 @@ class Walker {
 
   template <typename Map>
   R2VPO_DEVICE void store(const Place<T>& place, int chunk, const Word (&words)[Machine::kWords],
-                        const Map& map, int label) const {
+                          const Map& map, int label) const {
     for_each_word(place, chunk, [&](int j, int word) {
       const int column = place.head + (place.first + word) * kColumns;
       float z[kColumns], dz[kColumns];
@@ -466,9 +467,9 @@ class Walker {
 
 // One row, by kernel.
 
-template <bool kEntropy, typename T, typename Machine, typename Walker>
-R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, std::int64_t i, std::int64_t label,
-                        const Place<T>& place, Walker& walker) {
+template <bool kEntropy, typename T, typename Machine, typename W>
+R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, std::int64_t i,
+                          std::int64_t label, const Place<T>& place, W& walker) {
   Look look = {};
   if (label >= 0) look = walker.template first_look<LogpsForward>(place, label, a.temperature[i]);
   if (!machine.speaks()) return;
@@ -478,9 +479,9 @@ R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, std::int64_t 
   if (kEntropy) a.entropy[i] = look.entropy;
 }
 
-template <bool kEntropy, typename T, typename Machine, typename Walker>
+template <bool kEntropy, typename T, typename Machine, typename W>
 R2VPO_DEVICE void compute(Machine&, const LogpsBackward& a, std::int64_t i, std::int64_t label,
-                        const Place<T>& place, Walker& walker) {
+                          const Place<T>& place, W& walker) {
   if (label < 0) return walker.zero(place);
   const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
   const auto slope = slope_of<kEntropy>(look, a.temperature[i], a.grad_logps[i],
@@ -488,9 +489,9 @@ R2VPO_DEVICE void compute(Machine&, const LogpsBackward& a, std::int64_t i, std:
   walker.template second_look<LogpsBackward>(place, slope, label);
 }
 
-template <bool kEntropy, typename T, typename Machine, typename Walker>
+template <bool kEntropy, typename T, typename Machine, typename W>
 R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, std::int64_t i, std::int64_t label,
-                        const Place<T>& place, Walker& walker) {
+                          const Place<T>& place, W& walker) {
   Look look = {};
   if (label < 0) {
     walker.zero(place);
@@ -498,8 +499,9 @@ R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, std::int64_t i, st
     const float temperature = a.temperature[i];
     look = walker.template first_look<OnePass>(place, label, temperature);
     const Token token = token_of(a, i, look.logp);
+    const float dlogp = loss_slope(look.logp, token);
     const float dentropy = kEntropy ? -token.weight * *a.entropy_coef : 0.0f;
-    const auto slope = slope_of<kEntropy>(look, temperature, loss_slope(look.logp, token), dentropy);
+    const auto slope = slope_of<kEntropy>(look, temperature, dlogp, dentropy);
     walker.template second_look<OnePass>(place, slope, label);
   }
   if (!machine.speaks()) return;
@@ -507,17 +509,17 @@ R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, std::int64_t i, st
   if (kEntropy) a.entropy[i] = look.entropy;
 }
 
-template <bool kEntropy, typename T, typename Machine, typename Walker>
+template <bool kEntropy, typename T, typename Machine, typename W>
 R2VPO_DEVICE void compute(Machine&, const Scale& a, std::int64_t, std::int64_t,
-                        const Place<T>& place, Walker& walker) {
+                          const Place<T>& place, W& walker) {
   walker.template second_look<Scale>(place, Factor{*a.upstream, 0.0f}, -1);
 }
 
 // The loading warp: every chunk of every row, in the order in which the others read them.
 template <typename Machine, typename T, typename A, int kHeld>
-R2VPO_DEVICE void load_rows(Machine& machine, Control<Machine>& control, const Rows& rows, const A& a,
-                          int stages) {
-  constexpr int kChunk = Machine::kWarps * kWarpSize * Machine::kWords;
+R2VPO_DEVICE void load_rows(Machine& machine, Control<Machine>& control, const Rows& rows,
+                            const A& a, int stages) {
+  constexpr int kChunk = Machine::kChunk;
   const std::int64_t tokens = rows.batch * rows.length;
   Cursor at;
   for (std::int64_t i = machine.first_row(); i < tokens; i += machine.row_step()) {

@@ -1,6 +1,7 @@
-// A GPU for csrc/cuda/rows.h on a CPU: threads take turns in an order drawn at random, copies arrive
-// late and in another order than they were asked for, and what has not arrived is NaN. One warp at a
-// time is so slow, and one copy, that the others come a row or two ahead wherever nothing stops them.
+// A GPU for csrc/cuda/rows.h on a CPU: threads take turns in an order drawn at random, copies
+// arrive late and in another order than they were asked for, and what has not arrived is NaN. One
+// warp at a time is so slow, and one copy, that the others come a row or two ahead wherever nothing
+// stops them.
 //
 // A switch from one thread to another happens where threads meet, and now and then elsewhere. What
 // would be undefined on a GPU ends the launch with an error: a deadlock, a word of the ring that is
@@ -177,7 +178,7 @@ struct Cluster {
   Scheduler scheduler;
   std::vector<Block> blocks;
   Meeting everyone;
-  int index, of, stages;
+  int index, of;
   Tally *reads, *writes;  // null where nobody counts
 
   Cluster(unsigned seed) : scheduler(seed) {}
