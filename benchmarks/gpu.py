@@ -4,10 +4,9 @@
 
 The parts: building the CUDA kernels, recompilations, host synchronisations and graphs, parity and
 laws on the device, the benchmarks from logits and from hidden states, DRAM bytes per logit, memory
-and race checks. Each runs in a
-process of its own with a limit of its own, so that one that fails or hangs loses nothing else; what
-the time left does not hold is skipped, and says so. Writes one JSON; exits with 1 where a check
-failed.
+and race checks. Each runs in a process of its own with a limit of its own, so that one that fails
+or hangs loses nothing else; what the time left does not hold is skipped, and says so. Writes one
+JSON; exits with 1 where a check failed.
 
 Without a GPU it checks that all its parts import, and exits with 0.
 """
@@ -44,7 +43,6 @@ GRID = {
     "loss": ["--n", "8192", "16384", "--v", "151936", "32000"],
     "linear": ["--n", "16384", "--h", "4096", "--v", "151936"],
 }
-GPU_BACKENDS = ("triton", "cuda")
 # A one-pass loss against a copy of the same bytes; the linear route, in several chunks, against
 # three products in one; bytes per logit against Eq. 15.
 SLOWEST = 1.15
@@ -177,12 +175,14 @@ def graded(
 
 def from_logits(limit: float, folder: Path) -> Findings:
     """benchmarks/loss.py: one-pass near the speed of a copy."""
+    from gpu_work import BACKENDS
+
     done, rows = grid("loss", folder, limit)
     copies = {(r["n"], r["v"]): r["both_ms"] for r in rows if r["contender"] == "copy"}
     checks = {}
     for row in rows:
         # A copy reads and writes each logit once, as the one-pass route does.
-        if row["contender"] in [f"{x} {y}" for x in GPU_BACKENDS for y in ("one-pass", "in place")]:
+        if row["contender"] in [f"{x} {y}" for x in BACKENDS for y in ("one-pass", "in place")]:
             name = f"{row['contender']} {row['n']:.0f} x {row['v']:.0f}, time over a copy's"
             value = row["both_ms"] / copies[row["n"], row["v"]] if row["both_ms"] else None
             checks[name] = at_most(value, SLOWEST) | {"note": row["status"]}
@@ -191,12 +191,14 @@ def from_logits(limit: float, folder: Path) -> Findings:
 
 def from_hidden_states(limit: float, folder: Path) -> Findings:
     """benchmarks/linear.py: near the time of the three products."""
+    from gpu_work import BACKENDS
+
     done, rows = grid("linear", folder, limit)
     checks = {
         f"{row['contender']} {row['n']:.0f} x {row['v']:.0f} x {row['h']:.0f}, time over products'":
         at_most(row["over_products"] or None, SLOWEST_LINEAR) | {"note": row["status"]}
         for row in rows
-        if row["contender"] in [f"{x} linear" for x in GPU_BACKENDS]
+        if row["contender"] in [f"{x} linear" for x in BACKENDS]
     }  # fmt: skip
     return graded(done, rows, checks, f"{len(checks)} shapes")
 

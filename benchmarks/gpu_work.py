@@ -197,6 +197,7 @@ def graphs() -> dict[str, Any]:
                 return out.logps, torch.autograd.grad(out.loss, leaf)[0]
 
             side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 once()
             torch.cuda.current_stream().wait_stream(side)

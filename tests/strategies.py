@@ -10,6 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from r2vpo_kernels import token_logps
 from r2vpo_kernels.batch import REDUCTIONS
 from r2vpo_kernels.reference import linear_logits
 
@@ -233,3 +234,19 @@ def drawn(strategy: st.SearchStrategy, count: int) -> list[Any]:
 
     collect()
     return found
+
+
+def uneven_rows(vocabulary: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(logits, labels, keywords) of rows at random, rising, falling, and -inf but for the end."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, vocabulary)
+    rising = torch.linspace(-30.0, 30.0, vocabulary)
+    logits[0, 1] += rising
+    logits[0, 2] -= rising
+    logits[0, 3, : vocabulary - 9] = -torch.inf
+    labels = torch.tensor([[0, vocabulary // 2, vocabulary - 1, vocabulary - 2]])
+    keywords = {
+        "old_logps": token_logps(logits, labels, backend="eager") + 0.2,
+        "advantages": torch.tensor([0.7]), "entropy_coef": 0.1,
+    }  # fmt: skip
+    return logits, labels, keywords

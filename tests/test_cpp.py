@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import check_case
 from hypothesis import given
-from strategies import DTYPES, cases
+from strategies import DTYPES, cases, uneven_rows
 from tolerance import U
 
 from r2vpo_kernels import ops, r2vpo_loss, token_logps
@@ -38,17 +38,7 @@ def test_each_instruction_set_is_within_the_budget(instruction_set, case):
 @pytest.mark.parametrize("vocabulary", [1023, 1024, 1025, 2048 + 17, 5000])
 def test_rows_of_several_blocks(instruction_set, dtype, vocabulary):
     """The maximum rises from block to block, falls, and is -inf in whole blocks."""
-    torch.manual_seed(0)
-    logits = torch.randn(1, 4, vocabulary)
-    rising = torch.linspace(-30.0, 30.0, vocabulary)
-    logits[0, 1] += rising
-    logits[0, 2] -= rising
-    logits[0, 3, : vocabulary - 9] = -torch.inf
-    labels = torch.tensor([[0, vocabulary // 2, vocabulary - 1, vocabulary - 2]])
-    keywords = {
-        "old_logps": token_logps(logits, labels, backend="eager") + 0.2,
-        "advantages": torch.tensor([0.7]), "entropy_coef": 0.1,
-    }  # fmt: skip
+    logits, labels, keywords = uneven_rows(vocabulary)
     check_case(logits.to(dtype), labels, keywords, "cpp")
 
 

@@ -21,7 +21,7 @@ from emulator.build import DEFAULTS
 from harness import check_case
 from hypothesis import given, settings
 from sass import cuda_kernels
-from strategies import DTYPES, cases
+from strategies import DTYPES, cases, uneven_rows
 from test_cpp import build
 
 from r2vpo_kernels import ops, r2vpo_loss, token_logps
@@ -187,18 +187,8 @@ def test_any_call_is_within_the_budget(any_gpu, case):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_rows_of_several_chunks(gpu, dtype, vocabulary, inplace):
     """The maximum rises from chunk to chunk, falls, and is -inf in whole chunks."""
-    torch.manual_seed(0)
-    logits = torch.randn(1, 4, vocabulary)
-    rising = torch.linspace(-30.0, 30.0, vocabulary)
-    logits[0, 1] += rising
-    logits[0, 2] -= rising
-    logits[0, 3, : vocabulary - 9] = -torch.inf
-    labels = torch.tensor([[0, vocabulary // 2, vocabulary - 1, vocabulary - 2]])
-    keywords = {
-        "old_logps": token_logps(logits, labels, backend="eager") + 0.2,
-        "advantages": torch.tensor([0.7]), "entropy_coef": 0.1, "inplace": inplace,
-    }  # fmt: skip
-    check_case(logits.to(dtype), labels, keywords, "cuda")
+    logits, labels, keywords = uneven_rows(vocabulary)
+    check_case(logits.to(dtype), labels, keywords | {"inplace": inplace}, "cuda")
 
 
 @CUDA

@@ -5,18 +5,15 @@
 
 namespace r2vpo {
 
-// To::launch<T, A, kEntropy>(rows, a), with To's own types T.
-template <typename To>
+// To::launch<T, A, kEntropy>(rows, a), where T is what `To` calls a number of the dtype.
+template <typename To, typename Float32, typename BFloat16, typename Float16>
 class Dispatch {
   template <typename A, bool kEntropy>
   static void by_type(const CudaRows& rows, const A& a) {
     switch (rows.dtype) {
-      case Dtype::float32:
-        return To::template launch<typename To::Float32, A, kEntropy>(rows, a);
-      case Dtype::bfloat16:
-        return To::template launch<typename To::BFloat16, A, kEntropy>(rows, a);
-      case Dtype::float16:
-        return To::template launch<typename To::Float16, A, kEntropy>(rows, a);
+      case Dtype::float32: return To::template launch<Float32, A, kEntropy>(rows, a);
+      case Dtype::bfloat16: return To::template launch<BFloat16, A, kEntropy>(rows, a);
+      case Dtype::float16: return To::template launch<Float16, A, kEntropy>(rows, a);
     }
   }
 

@@ -55,10 +55,6 @@ void emulate(const CudaRows& rows, const A& a, const Plan& plan) {
 }
 
 struct Launcher {
-  using Float32 = r2vpo::Float32;
-  using BFloat16 = r2vpo::BFloat16;
-  using Float16 = r2vpo::Float16;
-
   template <typename T, typename A, bool kEntropy>
   static void launch(const CudaRows& rows, const A& a) {
     using Bulk = Emulated<true>;
@@ -73,7 +69,8 @@ struct Launcher {
 
 }  // namespace
 
-extern const Kernels<CudaRows> kernels_cuda = Dispatch<Launcher>::kernels;
+extern const Kernels<CudaRows> kernels_cuda =
+    Dispatch<Launcher, Float32, BFloat16, Float16>::kernels;
 
 }  // namespace r2vpo
 
