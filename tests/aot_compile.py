@@ -52,8 +52,8 @@ def resources(kernel, target) -> dict:
         loses_nan = [m for m in maxima if ".NaN" not in m]
         # In bfloat16 the label's logit is the only narrow load of an aligned row.
         text = kernel.asm["ptx"]
-        label = max(0, text.find("ld.global.b16"))
-        label_first = "bar.sync" in text[label : text.find("st.global.cs.v4", label)]
+        label, store = text.find("ld.global.b16"), text.find("st.global.cs.v4")
+        label_first = 0 <= label < store and "bar.sync" in text[label:store]
     else:
         assembly = kernel.asm["amdgcn"]
         number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # noqa: E731
