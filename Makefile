@@ -3,20 +3,29 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: test test-triton test-others demo study bench bench-linear gpu sanitize lint clean
+GPU_PARTS = gpu-parity gpu-launches gpu-bench gpu-memory gpu-tune
+
+.PHONY: test test-triton test-others test-avx2 demo study bench bench-linear gpu $(GPU_PARTS) sanitize \
+	lint clean
 
 # On two cores, without threads that wait for each other's: what Triton's interpreter runs, and
 # everything else. MAKEFLAGS would tell a build within a test of job slots that it cannot have.
 HALF = MAKEFLAGS= OMP_NUM_THREADS=1 $(RUN) -m pytest
 test: $(VENV)/ready
-	@echo "two halves, each shown when it is done: a quarter of an hour"
-	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others
+	@echo "two halves and a part once more, each shown when it is done: half an hour"
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others test-avx2
 
 test-triton: $(VENV)/ready
 	$(HALF) -k triton
 
 test-others: $(VENV)/ready
 	$(HALF) -k "not triton"
+
+# Parity once more, as on a processor with neither AVX-512 nor matrix units.
+test-avx2: $(VENV)/ready
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(HALF) tests/kernels/test_parity.py \
+		tests/kernels/test_laws.py tests/kernels/test_known_bugs.py tests/linear \
+		-k "not triton and not cuda and not memory"
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_tiny.py
@@ -28,15 +37,19 @@ study: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/loss.py
+	$(RUN) benchmarks/overhead.py
 
 # Beside the peers that are installed (benchmarks/requirements.txt).
 bench-linear: $(VENV)/ready
 	$(RUN) benchmarks/linear.py
 
-# With the torch that is there, if any: that of a machine with a GPU fits it, and needs no network.
-gpu:
-	if $(PYTHON) -c "import torch"; then $(PYTHON) benchmarks/gpu.py; \
-	else $(MAKE) $(VENV)/ready && $(RUN) benchmarks/gpu.py; fi
+# All parts in order, or one alone. Each ends within eight minutes and writes as it goes, into
+# benchmarks/out/gpu or as GPU_FLAGS="--out FOLDER" says. With the torch that is there, if any: that
+# of a machine with a GPU fits it, and needs no network.
+gpu $(GPU_PARTS): PART = $(patsubst gpu-%,%,$(filter gpu-%,$@))
+gpu $(GPU_PARTS):
+	if $(PYTHON) -c "import torch"; then $(PYTHON) benchmarks/gpu.py $(PART) $(GPU_FLAGS); \
+	else $(MAKE) $(VENV)/ready && $(RUN) benchmarks/gpu.py $(PART) $(GPU_FLAGS); fi
 
 # The C++ kernels and their tests under AddressSanitizer and UBSan.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -51,6 +64,7 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --config pyproject.toml
 
 # Most of what is installed is never imported: not compiling it halves the time.
 $(VENV)/ready: $(wildcard requirements-*.txt) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)

@@ -6,18 +6,24 @@ where it has no backward, with the objective that it is held to and the bytes th
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from r2vpo_kernels import ops, r2vpo_loss, r2vpo_loss_from_logps, token_logps
+from r2vpo_kernels import r2vpo_loss, r2vpo_loss_from_logps, token_logps
+from r2vpo_kernels.backends import registry
+
+# Bytes per logit beside the logits: eager torch needs 14 at its peak.
+SCRATCH = 20
+# Ours needs the gradient.
+OUR_SCRATCH = 5
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Contender:
     variance_coef: λ of the objective that it computes.
     forward_only: returns log-probs, without a gradient.
     overwrites: the logits' memory holds the gradient afterwards.
+    scratch: bytes per logit that must be free beside the logits.
     skips_last: gives the last position of a sequence no label.
     """
 
@@ -78,6 +85,7 @@ class Contender:
     variance_coef: float = 2.5
     forward_only: bool = False
     overwrites: bool = False
+    scratch: int = SCRATCH
     skips_last: bool = False
 
 
@@ -143,7 +151,7 @@ def compiled_bytes(sizes: Sizes) -> tuple[int, int]:
     return 2 * sizes.read, 8 * count + sizes.read + sizes.written
 
 
-# Ours: Eq. 15 of DERIVATION.md.
+# Ours: Eq. 15 of docs/derivation.
 
 
 def no_grad_bytes(sizes: Sizes) -> tuple[int, int]:
@@ -174,35 +182,34 @@ def ours(backend: str) -> list[Contender]:
     def general(logits: Tensor, task: Task) -> Tensor:
         logps = token_logps(logits, task.labels, backend=backend)
         return r2vpo_loss_from_logps(
-            logps, task.old_logps, task.advantages, variance_coef=task.variance_coef
-        ).loss
+            logps, task.old_logps, task.advantages, variance_coef=task.variance_coef,
+            backend=backend,
+        ).loss  # fmt: skip
 
     def log_probs(logits: Tensor, task: Task) -> Tensor:
         return token_logps(logits, task.labels, backend=backend)
 
     def why_not(logits: Tensor) -> str | None:
-        kernels = ops.KERNELS.get(backend)
-        if getattr(kernels, "INTERPRETED", False) or getattr(kernels, "EMULATED", False):
-            return "times of kernels that are emulated mean nothing"
-        return ops.why_not(backend, logits)
+        reason = registry.why_not(backend, logits)
+        if reason is None and getattr(registry.load(backend), "SIMULATED", False):
+            return "times of kernels that are simulated mean nothing"
+        return reason
 
     def why_not_one_pass(logits: Tensor) -> str | None:
         if logits.dtype == torch.float16:
             return "float16 takes the general route"
         return why_not(logits)
 
+    contender = functools.partial(Contender, ours=True, scratch=OUR_SCRATCH)
     return [
-        Contender(
-            f"{backend} one-pass", lambda: one_pass, one_pass_bytes, why_not_one_pass, ours=True
-        ),
-        Contender(
-            f"{backend} in place", lambda: in_place, one_pass_bytes, why_not_one_pass, ours=True,
+        contender(f"{backend} one-pass", lambda: one_pass, one_pass_bytes, why_not_one_pass),
+        contender(
+            f"{backend} in place", lambda: in_place, one_pass_bytes, why_not_one_pass,
             overwrites=True,
         ),
-        Contender(f"{backend} general", lambda: general, general_bytes, why_not, ours=True),
-        Contender(
-            f"{backend} log-probs", lambda: log_probs, no_grad_bytes, why_not, ours=True,
-            forward_only=True,
+        contender(f"{backend} general", lambda: general, general_bytes, why_not),
+        contender(
+            f"{backend} log-probs", lambda: log_probs, no_grad_bytes, why_not, forward_only=True
         ),
     ]  # fmt: skip
 
@@ -253,7 +260,7 @@ def trl_loss() -> Function:
     return loss
 
 
-@cache
+@functools.cache
 def _trl_kernels() -> Any:
     """The file that holds the kernels, by itself: it needs torch and triton, where the package
     around it imports transformers.
@@ -271,12 +278,8 @@ def _trl_kernels() -> Any:
 
 def contenders() -> list[Contender]:
     """All of them, whether or not they can run here."""
-    result = []
-    for backend in ops.BACKENDS:
-        if backend not in ("auto", "eager"):
-            result += ours(backend)
     return [
-        *result,
+        *(contender for backend in registry.TABLE for contender in ours(backend)),
         Contender("eager", lambda: plain_loss, plain_bytes),
         Contender(
             "eager log-probs",

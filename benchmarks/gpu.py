@@ -1,12 +1,19 @@
-"""Everything that only a GPU shows, in one command of under 9 minutes without a network.
+"""Everything that only a GPU shows, in parts that each end within eight minutes; no network.
 
-    python benchmarks/gpu.py [--out results.json]
+    python benchmarks/gpu.py                      # all parts, one after another
+    python benchmarks/gpu.py launches memory      # these
+    python benchmarks/gpu.py bench --out FOLDER
 
-The parts: building the CUDA kernels, recompilations, host synchronisations and graphs, parity and
-laws on the device, the benchmarks from logits and from hidden states, DRAM bytes per logit, memory
-and race checks. Each runs in a process of its own with a limit of its own, so that one that fails
-or hangs loses nothing else; what the time left does not hold is skipped, and says so. Writes one
-JSON; exits with 1 where a check failed.
+parity: parity and laws through pytest on the device, then as many more draws as the time holds.
+launches: launches, host time, host syncs, recompilations, CUDA graphs. bench: from logits, from
+hidden states, DRAM bytes per logit. memory: compute-sanitizer's memcheck and racecheck. tune: the
+candidates for Triton's static table.
+
+Every part builds the extensions first, if they are not, and consists of steps. A step runs in
+processes of its own, with a limit of its own: one that fails or hangs loses nothing else, and what
+the time left does not hold is skipped, and says so. Its output goes into --out as it comes; when it
+ends, what it found goes into gpu.json there, beside what other parts found of the same sources on
+the same device. The exit status is 1 where a check failed.
 
 Without a GPU it checks that all its parts import, and exits with 0.
 """
@@ -15,8 +22,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -24,8 +33,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,22 +44,29 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-# Seconds, all in all: 15 short of nine minutes.
-TOTAL = 525.0
-TESTS = [f"test_{x}.py" for x in ("parity", "laws", "known_bugs", "ops", "linear")]
+# Seconds of a part: 15 short of eight minutes.
+PART_SECONDS = 465.0
+# Test files, wherever they are below tests/; those of which more is drawn.
+TESTS = ("parity", "laws", "known_bugs", "ops", "linear", "tokens")
+DRAWN = ("parity", "laws", "linear")
 TEST_PROCESSES = 8
+# Cells in this order: the most telling first, for a limit cuts off the last.
 GRID = {
-    "loss": ["--n", "8192", "16384", "--v", "151936", "32000"],
+    "loss": ["--n", "8192", "16384", "2048", "512", "--v", "151936", "32000", "128256", "262144"],
     "linear": ["--n", "16384", "--h", "4096", "--v", "151936"],
+    "overhead": [],
+    "tune": ["--v", "151936", "32000", "128256", "262144"],
 }
 # A one-pass loss against a copy of the same bytes; the linear route, in several chunks, against
-# three products in one; bytes per logit against Eq. 15.
+# three products in one; bytes per logit against Eq. 15; host time against five lines of torch.
 SLOWEST = 1.15
 SLOWEST_LINEAR = 1.4
 MORE_BYTES = 0.1
+MOST_HOST_TIME = 0.9
 
-# A part's findings: "ok" is None where it could not be checked, and "note" says why.
+# A step's findings: "ok" is None where it could not be checked, and "note" says why.
 Findings = dict[str, Any]
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -64,46 +80,101 @@ class Run:
         return self.output[-3000:]
 
 
-def run(command: Sequence[str], limit: float, **variables: str) -> Run:
-    """A command in the repository, ended with all that it started when its time is over."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    started = time.monotonic()
-    # A file, because a pipe that something left behind holds open would never end.
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            list(command), cwd=ROOT, env=environment | variables, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        code: int | None
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
-        output.seek(0)
-        return Run(code, output.read(), time.monotonic() - started)
+def run_all(
+    commands: dict[str, Sequence[str]], folder: Path, limit: float, at_once: int, **variables: str
+) -> dict[str, Run]:
+    """Commands in the repository by name, each ended with all that it started at the limit.
+
+    What each prints goes into NAME.log in `folder`, as it comes.
+    """
+    hidden = ("TRITON_INTERPRET", "CI")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
+    waiting = list(commands.items())
+    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+    done: dict[str, Run] = {}
+    end = time.monotonic() + limit
+    try:
+        while waiting or running:
+            over = time.monotonic() >= end
+            while waiting and len(running) < at_once and not over:
+                name, command = waiting.pop(0)
+                # A file, because a pipe that something left behind holds open would never end.
+                with (folder / f"{name}.log").open("w") as log:
+                    process = subprocess.Popen(
+                        list(command), cwd=ROOT, env=environment, stdout=log,
+                        stderr=subprocess.STDOUT, start_new_session=True,
+                    )  # fmt: skip
+                running[name] = process, time.monotonic()
+            for name, (process, started) in list(running.items()):
+                code = process.poll()
+                if code is None and not over:
+                    continue
+                if code is None:
+                    stop(process)
+                del running[name]
+                text = (folder / f"{name}.log").read_text(errors="replace")
+                done[name] = Run(code, text, time.monotonic() - started)
+            if over:
+                done |= {name: Run(None, "", 0.0) for name, _ in waiting}
+                break
+            time.sleep(0.05)
+    finally:
+        for process, _ in running.values():
+            stop(process)
+    return done
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run(name: str, command: Sequence[str], folder: Path, limit: float, **variables: str) -> Run:
+    return run_all({name: command}, folder, limit, 1, **variables)[name]
 
 
 def stopped(done: Run) -> Findings:
     return {"ok": False, "note": f"stopped after {done.seconds:.0f} s", "output": done.tail}
 
 
-def work(name: str, limit: float) -> Findings:
-    """One of gpu_work.py that prints what it found."""
-    done = run([sys.executable, str(HERE / "gpu_work.py"), name], limit)
+def printed_checks(output: str) -> dict[str, Findings]:
+    """What gpu_work.py has printed, up to where it came."""
+    found = {}
+    for line in output.splitlines():
+        if line.startswith('{"check":'):
+            try:
+                check = json.loads(line)
+            except ValueError:
+                continue  # cut off within the line
+            found[check.pop("check")] = check
+    return found
+
+
+def work(name: str, limit: float, folder: Path) -> Findings:
+    """One of gpu_work.py."""
+    done = run(name, [sys.executable, str(HERE / "gpu_work.py"), name], folder, limit)
+    checks = printed_checks(done.output)
+    failed = sum(not check["ok"] for check in checks.values())
+    found: Findings = {
+        "ok": done.code == 0 and failed == 0 and bool(checks),
+        "note": f"{len(checks) - failed} of {len(checks)} checks passed",
+        "checks": checks,
+    }
     if done.code is None:
-        return stopped(done)
-    if done.code != 0:
-        return {"ok": False, "note": f"exit status {done.code}", "output": done.tail}
-    return json.loads(done.output.strip().splitlines()[-1])
+        found["note"] = f"stopped after {done.seconds:.0f} s, {found['note']}"
+    return found if found["ok"] else found | {"output": done.tail}
 
 
-def build(limit: float) -> Findings:
+def build(limit: float, folder: Path) -> Findings:
     """The extensions, in place, for this machine's Python."""
+    for package in ("setuptools", "ninja"):
+        if importlib.util.find_spec(package) is None:
+            note = f"no {package}: the extensions that are there, if any, stay"
+            return {"ok": None, "note": note}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    done = run(command, limit)
+    done = run("build", command, folder, limit)
     if done.code is None:
         return stopped(done)
     path = ROOT / "r2vpo_kernels" / "backends" / "build_report.json"
@@ -111,31 +182,98 @@ def build(limit: float) -> Findings:
         return {"ok": None, "note": f"exit status {done.code}", "output": done.tail}
     report = json.loads(path.read_text())
     cuda = report.get("cuda", "not built: no nvcc")
-    built = cuda.startswith("built by")
-    return {"ok": built or None, "note": cuda, "report": report}
+    return {"ok": cuda.startswith("built by") or None, "note": cuda, "report": report}
+
+
+# Parity.
 
 
 def missing_for_tests() -> list[str]:
     return [x for x in ("pytest", "hypothesis") if importlib.util.find_spec(x) is None]
 
 
-def tests(limit: float) -> Findings:
-    """Parity, laws, known bugs and ops, as the test suite has them, on the device."""
+def test_files() -> dict[str, Path]:
+    """The files of TESTS by their names; one that is not there is an error."""
+    paths = {path.stem.removeprefix("test_"): path for path in (ROOT / "tests").rglob("test_*.py")}
+    missing = [name for name in TESTS if name not in paths]
+    if missing:
+        raise FileNotFoundError(f"no test_{missing[0]}.py below tests/")
+    return {name: paths[name] for name in TESTS}
+
+
+def run_pytest(
+    step: str, names: Sequence[str], folder: Path, limit: float, *options: str, **variables: str
+) -> tuple[Findings, bool]:
+    """Test files on the device, several at once: what was found, and whether all came to an end."""
+    files = test_files()
+    commands: dict[str, Sequence[str]] = {}
+    # Kernels are compiled in each process: halves take half as long.
+    for name, half in itertools.product(names, ("triton", "not triton")):
+        of_pytest = ["-q", "-rfE", "--tb=short", str(files[name]), "-k", half, *options]
+        key = f"{step}-{name}-{half.replace(' ', '-')}"
+        commands[key] = [sys.executable, "-m", "pytest", *of_pytest]
+    variables["R2VPO_TEST_DEVICE"] = "cuda"
+    done = run_all(commands, folder, limit, TEST_PROCESSES, **variables)
+    counts: Counter[str] = Counter()
+    failed, unfinished = [], []
+    for name, each in done.items():
+        lines = each.output.strip().splitlines()
+        failed += [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        if each.code is None:
+            unfinished.append(name)
+            continue
+        for number_of, kind in re.findall(
+            r"(\d+) (passed|failed|errors?|skipped)", lines[-1] if lines else ""
+        ):
+            counts[kind] += int(number_of)
+        # 5: nothing had that half's name.
+        if each.code not in (0, 1, 5):
+            failed.append(f"{name}: exit status {each.code}")
+    note = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "no test ran"
+    if unfinished:
+        note += f"; stopped at the limit: {', '.join(unfinished)}"
+    codes = {each.code for each in done.values()}
+    ok: bool | None = not failed and codes <= {0, 5} and bool(counts["passed"])
+    if unfinished and not failed:
+        ok = None
+    return {"ok": ok, "note": note, "counts": counts, "failed": failed}, not unfinished
+
+
+def tests(limit: float, folder: Path) -> Findings:
+    """As the test suite has them: the same examples in every run."""
     if missing_for_tests():
         return {"ok": None, "note": f"not installed: {', '.join(missing_for_tests())}"}
-    command = [sys.executable, "-m", "pytest", "-q", *(f"tests/{name}" for name in TESTS)]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(TEST_PROCESSES)]
-    done = run(command, limit, R2VPO_TEST_DEVICE="cuda", CI="1")
-    if done.code is None:
-        return stopped(done)
-    last = done.output.strip().splitlines()[-1].strip("= ")
-    counts = {
-        kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last)
-    }
-    failed = [x for x in done.output.splitlines() if x.startswith(("FAILED", "ERROR"))]
-    found: Findings = {"ok": done.code == 0, "counts": counts, "failed": failed, "note": last}
-    return found if done.code == 0 else found | {"output": done.tail}
+    found, _ = run_pytest("tests", TESTS, folder, limit, CI="1")
+    return found
+
+
+def draws(limit: float, folder: Path) -> Findings:
+    """Other examples, seed after seed, until the time is over."""
+    if missing_for_tests():
+        return {"ok": None, "note": f"not installed: {', '.join(missing_for_tests())}"}
+    end = time.monotonic() + limit
+    total: Findings = {"ok": None, "counts": Counter(), "failed": []}
+    longest = 0.0
+    for seed in itertools.count(1):
+        begun = time.monotonic()
+        if end - begun < max(1.2 * longest, 5):
+            break
+        found, whole = run_pytest(
+            f"draws-{seed}", DRAWN, folder, end - begun, f"--hypothesis-seed={seed}"
+        )
+        longest = max(longest, time.monotonic() - begun)
+        total["counts"] += found["counts"]
+        total["failed"] += [f"seed {seed}: {line}" for line in found["failed"]]
+        if found["ok"] is not None:
+            total["ok"] = total["ok"] is not False and found["ok"]
+        if not whole:
+            break
+    passed = total["counts"]["passed"]
+    total["note"] = f"{passed} tests passed, {len(total['failed'])} failed; seeds to {seed}"
+    return total
+
+
+# The benchmarks.
 
 
 def number(text: str) -> Any:
@@ -145,22 +283,19 @@ def number(text: str) -> Any:
         return text
 
 
-def grid(name: str, folder: Path, limit: float) -> tuple[Run, list[dict[str, Any]]]:
+def grid(name: str, folder: Path, limit: float) -> tuple[Run, Rows]:
     """One of the benchmarks at GRID's shapes, and the rows that it wrote."""
-    for old in folder.glob(f"{name}.*"):
-        old.unlink()
-    command = [sys.executable, str(HERE / f"{name}.py"), *GRID[name], "--device", "cuda"]
-    done = run([*command, "--out", str(folder)], limit)
     path = folder / f"{name}.csv"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / f"{name}.py"), *GRID[name], "--out", str(folder)]
+    done = run(name, command, folder, limit)
     if not path.exists():
         return done, []
     with path.open(newline="") as file:
         return done, [{k: number(x) for k, x in row.items()} for row in csv.DictReader(file)]
 
 
-def graded(
-    done: Run, rows: list[dict[str, Any]], checks: dict[str, Findings], note: str
-) -> Findings:
+def graded(done: Run, rows: Rows, checks: dict[str, Findings], note: str) -> Findings:
     """Nothing of ours wrong, and nothing over its limit."""
     if not rows:
         return {"ok": False, "note": "it wrote no results", "output": done.tail}
@@ -173,16 +308,25 @@ def graded(
     return found if done.code in (0, None) else found | {"output": done.tail}
 
 
+def at_most(value: float | None, limit: float) -> Findings:
+    return {"value": value, "limit": limit, "ok": value is not None and value <= limit}
+
+
+def of_gpu(row: dict[str, Any], *names: str) -> bool:
+    """Whether a row is of a contender of ours by one of these names that could run."""
+    backend, _, name = row["contender"].partition(" ")
+    ran = not row["status"].startswith("no: ")
+    return backend in ("triton", "cuda") and name in names and ran
+
+
 def from_logits(limit: float, folder: Path) -> Findings:
     """benchmarks/loss.py: one-pass near the speed of a copy."""
-    from gpu_work import BACKENDS
-
     done, rows = grid("loss", folder, limit)
     copies = {(r["n"], r["v"]): r["both_ms"] for r in rows if r["contender"] == "copy"}
     checks = {}
     for row in rows:
         # A copy reads and writes each logit once, as the one-pass route does.
-        if row["contender"] in [f"{x} {y}" for x in BACKENDS for y in ("one-pass", "in place")]:
+        if of_gpu(row, "one-pass", "in place"):
             name = f"{row['contender']} {row['n']:.0f} x {row['v']:.0f}, time over a copy's"
             value = row["both_ms"] / copies[row["n"], row["v"]] if row["both_ms"] else None
             checks[name] = at_most(value, SLOWEST) | {"note": row["status"]}
@@ -191,25 +335,49 @@ def from_logits(limit: float, folder: Path) -> Findings:
 
 def from_hidden_states(limit: float, folder: Path) -> Findings:
     """benchmarks/linear.py: near the time of the three products."""
-    from gpu_work import BACKENDS
-
     done, rows = grid("linear", folder, limit)
     checks = {
         f"{row['contender']} {row['n']:.0f} x {row['v']:.0f} x {row['h']:.0f}, time over products'":
         at_most(row["over_products"] or None, SLOWEST_LINEAR) | {"note": row["status"]}
         for row in rows
-        if row["contender"] in [f"{x} linear" for x in BACKENDS]
+        if of_gpu(row, "linear")
     }  # fmt: skip
     return graded(done, rows, checks, f"{len(checks)} shapes")
 
 
-def at_most(value: float | None, limit: float) -> Findings:
-    return {"value": value, "limit": limit, "ok": value is not None and value <= limit}
+def overhead(limit: float, folder: Path) -> Findings:
+    """benchmarks/overhead.py: launches and host time of a call."""
+    done, rows = grid("overhead", folder, limit)
+    checks = {}
+    for row in rows:
+        name = f"{row['backend']} {row['contender']}"
+        if row["most_launches"] != "":
+            checks[f"{name}, launches"] = at_most(row["launches"], row["most_launches"])
+        if row["contender"] in ("one pass", "group", "sequence", "none"):
+            checks[f"{name}, host time over eager's"] = at_most(
+                row["over_eager"] or None, MOST_HOST_TIME
+            )
+    return graded(done, rows, checks, f"{len(rows)} calls")
+
+
+def tune(limit: float, folder: Path) -> Findings:
+    """benchmarks/tune.py: the fastest of the candidates, for each vocabulary."""
+    done, rows = grid("tune", folder, limit)
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["status"] == "timed" and row["contender"] not in ("copy", "clone"):
+            key = f"{row['v']:.0f} {row['contender']}"
+            if key not in best or row["both_ms"] < best[key]["both_ms"]:
+                best[key] = row
+    for key, row in best.items():
+        print(f"  {key}: {row['tuning']}, {row['both_ms']:.3f} ms")
+    timed = {"value": len(best), "limit": "any", "ok": bool(best)}
+    return graded(done, rows, {"timed": timed}, f"{len(rows)} rows") | {"best": best}
 
 
 def where_cuda_is_faster(results: dict[str, Any]) -> set[tuple[str, Any, int]]:
     """(device, dtype, V) where a run found the CUDA kernels right, and faster than Triton's for
-    every number of tokens: what r2vpo_kernels/ops.py may choose them for.
+    every number of tokens: what r2vpo_kernels/backends/registry.py may choose them for.
     """
     import torch
 
@@ -231,28 +399,24 @@ def where_cuda_is_faster(results: dict[str, Any]) -> set[tuple[str, Any, int]]:
     return found
 
 
-def traffic(limit: float) -> Findings:
-    """DRAM bytes per bfloat16 logit of each launch, by the hardware's own counters."""
-    from gpu_work import BACKENDS, CUDA_KERNEL, TRAFFIC, TRAFFIC_SHAPE
+# Under tools.
 
-    launched = [
-        (f"{backend} {name}", kernel if backend == "triton" else CUDA_KERNEL, expected)
-        for backend in BACKENDS
-        for name, kernel, expected in TRAFFIC
-    ]
+
+def traffic(limit: float, folder: Path) -> Findings:
+    """DRAM bytes per bfloat16 logit of each launch, by the hardware's own counters."""
+    from gpu_work import CUDA_KERNEL, TRAFFIC, TRAFFIC_SHAPE
+
     if shutil.which("ncu") is None:
         return {"ok": None, "note": "no ncu on the path"}
     metrics = ("dram__bytes_read.sum", "dram__bytes_write.sum")
-    names = "|".join(sorted({kernel for _, kernel, _ in launched}))
-    done = run(
-        [
-            "ncu", "--csv", "--print-units", "base", "--metrics", ",".join(metrics),
-            "--clock-control", "none", "--print-kernel-base", "function",
-            "--kernel-name", f"regex:^({names})$",
-            sys.executable, str(HERE / "gpu_work.py"), "traffic",
-        ],
-        limit,
-    )  # fmt: skip
+    names = "|".join(sorted({kernel for _, kernel, _ in TRAFFIC} | {CUDA_KERNEL}))
+    command = [
+        "ncu", "--csv", "--print-units", "base", "--metrics", ",".join(metrics),
+        "--clock-control", "none", "--print-kernel-base", "function",
+        "--kernel-name", f"regex:^({names})$",
+        sys.executable, str(HERE / "gpu_work.py"), "traffic",
+    ]  # fmt: skip
+    done = run("traffic", command, folder, limit)
     if done.code is None:
         # The tool's slowness, as far as anyone knows.
         return stopped(done) | {"ok": None}
@@ -262,6 +426,11 @@ def traffic(limit: float) -> Findings:
         return {"ok": None, "note": f"ncu's table has no column {error}", "output": done.tail}
     if done.code != 0 or not launches:
         return {"ok": None, "note": "ncu counted nothing", "output": done.tail}
+    launched = [
+        (f"{backend} {name}", kernel if backend == "triton" else CUDA_KERNEL, expected)
+        for backend in printed_checks(done.output)["launched"]["backends"]
+        for name, kernel, expected in TRAFFIC
+    ]
     kernels = [kernel for kernel, _ in launches]
     if kernels != [kernel for _, kernel, _ in launched]:
         return {"ok": False, "note": f"launched: {', '.join(kernels)}"}
@@ -287,7 +456,7 @@ def read_ncu(output: str) -> list[tuple[str, dict[str, float]]]:
     return list(launches.values())
 
 
-def sanitizer(tool: str, limit: float) -> Findings:
+def sanitizer(tool: str, limit: float, folder: Path) -> Findings:
     """compute-sanitizer over small shapes of every kernel."""
     if shutil.which("compute-sanitizer") is None:
         return {"ok": None, "note": "no compute-sanitizer on the path"}
@@ -295,71 +464,172 @@ def sanitizer(tool: str, limit: float) -> Findings:
     started = time.monotonic()
     # First without it: compiled kernels are then in Triton's cache, and a fault of the program
     # itself is told from one that the tool finds.
-    alone = run(program, limit)
+    alone = run(f"{tool}-alone", program, folder, limit)
     if alone.code != 0:
         return {"ok": False, "note": "the program fails without the tool", "output": alone.tail}
     done = run(
+        tool,
         [
             "compute-sanitizer", "--tool", tool, "--report-api-errors", "no",
             "--error-exitcode", "97", *program,
         ],
+        folder,
         limit - (time.monotonic() - started),
         # Each tensor an allocation of its own, whose end the tool can see.
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )  # fmt: skip
+    of_all = f"{len(printed_checks(done.output))} of {len(printed_checks(alone.output))} calls"
     if done.code is None:
-        return stopped(done) | {"ok": None}
+        found = stopped(done)
+        return found | {"ok": None, "note": f"{found['note']}, {of_all}"}
     summary = [x for x in done.output.splitlines() if "SUMMARY" in x]
     if done.code not in (0, 97) or not summary:
         note = "the tool did not run to its end"
         return {"ok": None, "note": note, "output": done.tail}
-    found: Findings = {"ok": done.code == 0, "note": summary[-1].strip("= ")}
+    found = {"ok": done.code == 0, "note": f"{summary[-1].strip('= ')}; {of_all}"}
     return found if done.code == 0 else found | {"output": done.output[:3000]}
 
 
+# All together.
+
+
 @dataclass(frozen=True)
-class Part:
+class Step:
     """limit: seconds it may take. least: seconds without which it is not begun."""
 
     name: str
-    function: Callable[[float], Findings]
+    function: Callable[[float, Path], Findings]
     limit: float
     least: float
 
 
+def worker(name: str) -> Callable[[float, Path], Findings]:
+    return lambda limit, folder: work(name, limit, folder)
+
+
+def under(tool: str) -> Callable[[float, Path], Findings]:
+    return lambda limit, folder: sanitizer(tool, limit, folder)
+
+
+BUILD = Step("build", build, 180, 30)
+# What comes last is what a slow machine skips.
+PARTS = {
+    "parity": [Step("tests", tests, 400, 60), Step("draws", draws, 400, 30)],
+    "launches": [
+        Step("launches", worker("launches"), 60, 15),
+        Step("syncs", worker("syncs"), 90, 15),
+        Step("graphs", worker("graphs"), 90, 15),
+        Step("overhead", overhead, 60, 15),
+        Step("recompilations", worker("recompilations"), 180, 30),
+    ],
+    "bench": [
+        Step("traffic", traffic, 90, 30),
+        Step("linear", from_hidden_states, 120, 60),
+        Step("grid", from_logits, 400, 60),
+    ],
+    "memory": [
+        Step("memcheck", under("memcheck"), 220, 40),
+        Step("racecheck", under("racecheck"), 400, 40),
+    ],
+    "tune": [Step("tune", tune, 450, 60)],
+}
+
+
 def check_imports() -> int:
     """Without a GPU: everything that would run, as far as it goes. 1 if something does not."""
-    for name in ("measure", "contenders", "parity", "loss", "linear", "tune", "gpu_work"):
+    for name in (
+        "measure", "contenders", "parity", "loss", "linear", "routes", "overhead", "tune",
+        "gpu_work",
+    ):  # fmt: skip
         importlib.import_module(name)
         print(f"imports: benchmarks/{name}.py")
     if missing_for_tests():
         print(f"not installed, so the tests would be skipped: {', '.join(missing_for_tests())}")
         return 0
-    names = [f"tests/{name}" for name in TESTS]
-    done = run([sys.executable, "-m", "pytest", "--collect-only", "-q", *names], 120)
-    if done.code != 0:
-        print(done.tail)
+    names = [str(path.relative_to(ROOT)) for path in test_files().values()]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        print(done.stdout[-3000:] + done.stderr[-3000:])
         return 1
     print(f"imports: {', '.join(names)}")
     return 0
 
 
+def sources() -> str:
+    """A digest of what is measured."""
+    folders = ("r2vpo_kernels", "csrc")
+    suffixes = (".py", ".h", ".cpp", ".cu")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in paths if path.suffix in suffixes):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def earlier(path: Path, environment: dict[str, str]) -> dict[str, Findings]:
+    """What was found of the same sources on the same device."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    keys = ("sources", "device", "torch", "triton")
+    same = all(results["environment"].get(key) == environment[key] for key in keys)
+    return results["parts"] if same else {}
+
+
 def show(found: dict[str, Findings]) -> None:
     words = {True: "passed", False: "FAILED", None: "skipped"}
     print()
-    for name, part in found.items():
-        print(f"{name:16} {words[part['ok']]:8} {part['seconds']:5.0f} s  {part['note']}")
-        for what, check in part.get("checks", {}).items():
+    for name, step in found.items():
+        print(f"{name:16} {words[step['ok']]:8} {step['seconds']:5.0f} s  {step['note']}")
+        for line in step.get("failed", ()):
+            print(f"{'':16} {line[:200]}")
+        for what, check in step.get("checks", {}).items():
             if not check["ok"]:
-                print(f"{'':16} {what}: {check['value']}, at most {check['limit']}")
+                said = check.get("note") or check.get("error") or ""
+                values = f"{check.get('value')}, expected {check.get('limit')}"
+                print(f"{'':16} {what}: {values} {said}"[:200])
+
+
+def run_part(
+    name: str, folder: Path, environment: dict[str, str], found: dict[str, Findings]
+) -> None:
+    """Each step of a part into `found`, and that into gpu.json."""
+    started = time.monotonic()
+    for step in (BUILD, *PARTS[name]):
+        begun = time.monotonic()
+        left = PART_SECONDS - (begun - started)
+        if left < step.least:
+            findings: Findings = {"ok": None, "note": "no time left"}
+        else:
+            print(f"{name}: {step.name} ...", flush=True)
+            limit = min(step.limit, left)
+            try:
+                findings = step.function(limit, folder)
+            except Exception as error:
+                findings = {"ok": False, "note": f"{type(error).__name__}: {error}"}
+            if limit < step.limit and findings["note"].startswith("stopped after"):
+                # Its own limit would have given it longer.
+                findings["ok"] = None
+        findings["seconds"] = time.monotonic() - begun
+        found[step.name] = findings
+        results = {"environment": environment, "parts": earlier(folder / "gpu.json", environment)}
+        results["parts"] |= found
+        results["ok"] = all(x["ok"] is not False for x in results["parts"].values())
+        (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default=HERE / "out" / "gpu.json", help="default: %(default)s")
+    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    add("--out", type=Path, default=HERE / "out" / "gpu", help="default: %(default)s")
     add("--commit", help="what to record where git does not know")
     options = parser.parse_args(argv)
+    unknown = [name for name in options.parts if name not in PARTS]
+    if unknown:
+        parser.error(f"got {unknown[0]!r}, expected one of {', '.join(PARTS)}")
     try:
         import torch
     except ImportError as error:
@@ -371,49 +641,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from measure import environment
 
-    started = time.monotonic()
-    out: Path = options.out.resolve()
-    folder = out.with_suffix("")
+    folder: Path = options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    # The most telling first: what comes last is what a slow machine skips.
-    parts = [
-        Part("build", build, 150, 30),
-        Part("syncs", lambda limit: work("syncs", limit), 60, 15),
-        Part("recompilations", lambda limit: work("recompilations", limit), 90, 30),
-        Part("graphs", lambda limit: work("graphs", limit), 60, 15),
-        Part("tests", tests, 200, 60),
-        Part("grid", lambda limit: from_logits(limit, folder), 170, 60),
-        Part("linear", lambda limit: from_hidden_states(limit, folder), 120, 60),
-        Part("traffic", traffic, 90, 30),
-        Part("memcheck", lambda limit: sanitizer("memcheck", limit), 100, 40),
-        Part("racecheck", lambda limit: sanitizer("racecheck", limit), 100, 40),
-    ]
     device = torch.device("cuda", torch.cuda.current_device())
-    results: dict[str, Any] = {"environment": environment(device, options.commit)}
+    machine = environment(device, options.commit) | {"sources": sources()}
+    print(", ".join(f"{key} {value}" for key, value in machine.items() if value))
     found: dict[str, Findings] = {}
-    for part in parts:
-        begun = time.monotonic()
-        left = TOTAL - (begun - started)
-        if left < part.least:
-            findings: Findings = {"ok": None, "note": "no time left"}
-        else:
-            print(f"{part.name} …", flush=True)
-            limit = min(part.limit, left)
-            try:
-                findings = part.function(limit)
-            except Exception as error:
-                findings = {"ok": False, "note": f"{type(error).__name__}: {error}"}
-            if limit < part.limit and findings["note"].startswith("stopped after"):
-                # Its own limit would have given it longer.
-                findings["ok"] = None
-        findings["seconds"] = time.monotonic() - begun
-        found[part.name] = findings
-        results["parts"] = found
-        results["ok"] = all(x["ok"] is not False for x in found.values())
-        out.write_text(json.dumps(results, indent=1) + "\n")
+    for name in options.parts or PARTS:
+        run_part(name, folder, machine, found)
     show(found)
-    print(f"\n{'all checks passed' if results['ok'] else 'SOME CHECKS FAILED'}; written: {out}")
-    return 0 if results["ok"] else 1
+    ok = all(x["ok"] is not False for x in found.values())
+    print(f"\n{'no check failed' if ok else 'SOME CHECKS FAILED'}; written: {folder}")
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import contenders as from_logits  # noqa: E402
-from contenders import Task, plain_logps, plain_loss, plain_objective  # noqa: E402
-from loss import SCRATCH, sequences_of  # noqa: E402
+from contenders import SCRATCH, Task, plain_logps, plain_loss, plain_objective  # noqa: E402
+from from_tests import U, output_rounding  # noqa: E402
+from loss import sequences_of  # noqa: E402
 from measure import (  # noqa: E402
     TIMES,
     Row,
@@ -50,9 +51,9 @@ from measure import (  # noqa: E402
     version_of,
 )
 from parity import MULTIPLE, SAMPLED_ROWS, Parity, make_task  # noqa: E402
-from tolerance import U, output_rounding  # noqa: E402
 
-from r2vpo_kernels import linear_r2vpo_loss, linear_token_logps, ops  # noqa: E402
+from r2vpo_kernels import linear_r2vpo_loss, linear_token_logps  # noqa: E402
+from r2vpo_kernels.backends import registry  # noqa: E402
 
 SHORT = {"n": [1024], "v": [151936], "h": [1024]}
 FULL = {"cpu": SHORT | {"n": [1024, 4096]}, "cuda": SHORT | {"n": [16384], "h": [4096]}}
@@ -241,12 +242,8 @@ def needs_gpu(hidden: Tensor) -> str | None:
 
 def contenders() -> list[Contender]:
     """All of them, whether or not they can run here."""
-    result = []
-    for backend in ops.BACKENDS:
-        if backend not in ("auto", "eager"):
-            result += ours(backend)
     return [
-        *result,
+        *(contender for backend in registry.TABLE for contender in ours(backend)),
         Contender("eager", lambda: eager, holds_logits=True),
         Contender("torch.compile", compiled, holds_logits=True),
         Contender("TRL chunked", trl),

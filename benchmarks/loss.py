@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the checkout, installed or not.
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from contenders import Contender, Function, Sizes, Task, contenders  # noqa: E402
+from contenders import SCRATCH, Contender, Function, Sizes, Task, contenders  # noqa: E402
 from measure import (  # noqa: E402
     MOST_STEPS,
     TIMES,
@@ -36,6 +35,7 @@ from measure import (  # noqa: E402
     begin,
     copy_times,
     draw_bars,
+    free_memory,
     how_many_buffers,
     peak_memory,
     report,
@@ -43,12 +43,11 @@ from measure import (  # noqa: E402
     times_text,
 )
 from parity import Exact, check, find_exact, make_task  # noqa: E402
+from routes import StandIn  # noqa: E402
 
 SHORT = {"n": [256], "v": [32000, 151936]}
 FULL = {"v": [32000, 128256, 151936, 262144]}
 FULL_N = {"cpu": [256, 1024], "cuda": [1024, 8192, 16384]}
-# Bytes per logit that must stay free beside the buffers: eager torch needs 14 at its peak.
-SCRATCH = 20
 WARM_UPS = 2
 
 COLUMNS = [
@@ -57,22 +56,6 @@ COLUMNS = [
     "host_ms", "peak_bytes", "bytes_forward", "bytes_backward", "gb_per_s", "share_of_copy",
     "samples", "buffers",
 ]  # fmt: skip
-
-
-class _Model(torch.autograd.Function):
-    """Logits that require grad and are no leaf, without a copy; their gradient is kept aside."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, buffer: list[Tensor], gradients: list[Tensor]) -> Tensor:
-        ctx.gradients = gradients
-        # Not a tensor argument: autograd would make a view of it.
-        return buffer[0].detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        # Freed by whoever timed the step, after the clock has stopped.
-        ctx.gradients.append(gradient)
-        return None, None, None
 
 
 def step(
@@ -87,7 +70,7 @@ def step(
         return value, None
     gradients: list[Tensor] = []
     anchor = torch.zeros((), device=buffer.device, requires_grad=True)
-    logits = _Model.apply(anchor, [buffer], gradients)
+    logits = StandIn.apply(anchor, [buffer], gradients)
     watch.start()
     value = function(logits, task)
     watch.mark()
@@ -158,7 +141,8 @@ def cell(
     torch._dynamo.reset()
     base = {"n": n, "v": v, "dtype": str(dtype).removeprefix("torch.")}
     size = n * v * dtype.itemsize
-    count = how_many_buffers(size, SCRATCH * n * v, device)
+    least = min((c.scratch for c in entrants), default=0)
+    count = max(how_many_buffers(size, scratch * n * v, device) for scratch in (SCRATCH, least))
     if count == 0:
         return [base | {"contender": c.name, "status": "no: too little memory"} for c in entrants]
     sequences = sequences_of(n)
@@ -185,6 +169,8 @@ def cell(
     for contender in entrants:
         row = base | {"contender": contender.name, "buffers": count}
         why_not = contender.why_not(pristine)
+        if why_not is None and free_memory(device) < contender.scratch * n * v:
+            why_not = "too little memory"
         if why_not is not None:
             rows.append(row | {"status": f"no: {why_not}"})
             continue

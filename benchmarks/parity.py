@@ -1,25 +1,19 @@
 """Right first: the float64 truth at the shape that is timed, and what it says of a contender.
 
-Ours are held to the error budget that the tests derive (DERIVATION.md, Eq. 19 to 26); others to a
+Ours are held to the error budget that the tests derive (docs/derivation, Eq. 19 to 26); others to a
 multiple of the error that plain torch makes on the same rows.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from contenders import Contender, Task, plain_logps
+from from_tests import Truth, check_gradient, output_rounding, truth_of, worst
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from harness import check_gradient, truth_of
-from tolerance import Truth, output_rounding, worst
 
 # Rows whose whole gradient is looked at; the loss is that of all rows.
 SAMPLED_ROWS = 8

@@ -1,4 +1,4 @@
-"""Time what the static table in triton_kernels.py chooses between, on a GPU.
+"""Time what the static table in backends/triton/launch.py chooses between, on a GPU.
 
     python benchmarks/tune.py [--n 8192] [--v 32000 128256 151936 262144]
 
@@ -20,11 +20,11 @@ import torch  # isort: skip
 from contenders import contenders
 from measure import Row, add_options, begin, write_csv
 
-from r2vpo_kernels.backends import triton_kernels
+from r2vpo_kernels.backends.triton import launch
 
 ENTRANTS = ("triton one-pass", "triton log-probs")
 CANDIDATES = [
-    triton_kernels.Tuning(threads, per_thread, programs)
+    launch.Tuning(threads, per_thread, programs)
     for threads, per_thread, programs in itertools.product((256, 512, 1024), (8, 16, 32), (1, 2, 4))
     # Threads of a multiprocessor.
     if threads * programs <= 2048
@@ -45,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("No GPU here: nothing to time.")
         return 0
     machine = begin(options)
-    as_it_stands = triton_kernels.TUNING
+    as_it_stands = launch.TUNING
     rows: list[Row] = []
     for v in options.v:
         tables = {"as it stands": as_it_stands}
         tables |= {str(tuple(x)): ((2**63, x),) for x in CANDIDATES}
         for name, table in tables.items():
-            triton_kernels.TUNING = table
+            launch.TUNING = table
             entrants = [everyone[x] for x in options.contenders or ENTRANTS]
             if table is as_it_stands:
                 entrants.append(everyone["cuda one-pass"])
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 share = f"{row['share_of_copy']:.2f} of a copy"
                 print(f"{v:7} {name:16} {row['contender']:18} {row['both_ms']:8.3f} ms  {share}")
             write_csv(options.out / "tune.csv", COLUMNS, rows, machine)
-    triton_kernels.TUNING = as_it_stands
+    launch.TUNING = as_it_stands
     print(f"written: {options.out}")
     return 0
 

@@ -1,32 +1,48 @@
-// The mathematics of one token, for C++ and CUDA. Equations are those of DERIVATION.md.
+// The mathematics of one token, for C++ and CUDA: each equation of docs/derivation once.
 //
 // Functions are static: this header is compiled for several instruction sets, and the linker must
-// not take one's code for another's.
+// not take one's code for another's. Members of structs are inlined always, for the same reason.
 #pragma once
 
 #include <cmath>
 
 #if defined(__CUDACC__)
+#define R2VPO_MEMBER __host__ __device__ __forceinline__
+#else
+#define R2VPO_MEMBER __attribute__((always_inline)) inline
+#endif
+#if defined(__CUDACC__)
 #define R2VPO_TOKEN static __host__ __device__ __forceinline__
 #else
-#define R2VPO_TOKEN static inline
+#define R2VPO_TOKEN [[maybe_unused]] static inline
 #endif
 
 namespace r2vpo {
 
 enum class KL { none, k1, k2, k3 };
 
-// What a token's coefficient is made of, besides its log-prob.
+// What is the same for all tokens.
+struct Objective {
+  float log_ratio_clamp;
+  float kl_coef;
+  float entropy_coef;
+  KL kl;
+  bool on_policy;
+};
+
+// A valid token, besides its log-prob.
 struct Token {
-  float weight;
+  float weight;  // w
   float old_logp;
   float advantage;  // s·A
   float variance_coef;
   float center;  // c - 1
   float ref_logp;
-  float kl_coef;
-  float clamp;
-  KL kl;
+};
+
+// A term of the loss, and its derivative in the log-prob.
+struct Term {
+  float value, slope;
 };
 
 // Eq. 2: equal log-probs differ by 0, two infinities too.
@@ -37,29 +53,89 @@ R2VPO_TOKEN float clamped(float x, float bound) {
   return x > bound ? bound : (x < -bound ? -bound : x);
 }
 
-// Eq. 6: the KL estimator's derivative at gap = ref - logp.
-R2VPO_TOKEN float kl_slope(KL kl, float gap) {
-  switch (kl) {
-    case KL::k1: return 1.0f;
-    case KL::k2: return -gap;
-    case KL::k3: return -expm1f(gap);
-    default: return 0.0f;
-  }
+// Where the clamp binds nothing depends on logp. A NaN is not past the bound, and stays.
+R2VPO_TOKEN bool is_clamped(float x, float bound) { return fabsf(x) > bound; }
+
+// Eq. 2.
+struct Ratio {
+  float raw, delta, d, ratio;
+  bool clamped;
+};
+
+R2VPO_TOKEN float raw_log_ratio(const Objective& o, const Token& token, float logp) {
+  // On-policy it is 0, and NaN where logp is.
+  return difference(logp, o.on_policy ? logp : token.old_logp);
 }
 
-// Eq. 7: dL/dlogp.
-R2VPO_TOKEN float loss_slope(float logp, const Token& token) {
-  const float raw = difference(logp, token.old_logp);
-  const float delta = clamped(raw, token.clamp);
-  const float gap = expm1f(delta) - token.center;  // ρ - c
-  float slope = expf(delta) * (2.0f * token.variance_coef * gap - token.advantage);
-  // Where the clamp binds nothing depends on logp. A NaN is not past the bound, and stays.
-  if (fabsf(raw) > token.clamp) slope = 0.0f;
-  if (token.kl != KL::none) {
-    const float kl_gap = difference(token.ref_logp, logp);
-    if (!(fabsf(kl_gap) > token.clamp)) slope += token.kl_coef * kl_slope(token.kl, kl_gap);
+R2VPO_TOKEN Ratio ratio_of(const Objective& o, float raw) {
+  const float delta = clamped(raw, o.log_ratio_clamp);
+  return {raw, delta, expm1f(delta), expf(delta), is_clamped(raw, o.log_ratio_clamp)};
+}
+
+// Eq. 5, P: here the ratio alone counts.
+R2VPO_TOKEN Term policy_term(const Token& token, const Ratio& r) {
+  const float value = -token.advantage * r.ratio;
+  return {value, r.clamped ? 0.0f : value};
+}
+
+// Eq. 5, λ·(ρ - c)², for a centre of 1 + center.
+R2VPO_TOKEN Term penalty_term(const Token& token, const Ratio& r, float center) {
+  const float gap = r.d - center;  // ρ - c
+  const float slope = 2.0f * token.variance_coef * gap * r.ratio;
+  return {token.variance_coef * (gap * gap), r.clamped ? 0.0f : slope};
+}
+
+// Eq. 9: what the centre, which depends on logp too, takes off the slope, for κ of the group.
+R2VPO_TOKEN float center_slope(const Ratio& r, float kappa) {
+  return r.clamped ? 0.0f : 2.0f * r.ratio * kappa;
+}
+
+// Eq. 6.
+R2VPO_TOKEN Term kl_term(const Objective& o, const Token& token, float logp) {
+  if (o.kl == KL::none) return {0.0f, 0.0f};
+  const float raw = difference(token.ref_logp, logp);
+  const float gap = clamped(raw, o.log_ratio_clamp);
+  Term term;
+  if (o.kl == KL::k1) {
+    term = {-gap, 1.0f};
+  } else if (o.kl == KL::k2) {
+    term = {0.5f * (gap * gap), -gap};
+  } else {
+    const float exponential = expm1f(gap);
+    term = {exponential - gap, -exponential};
   }
-  return token.weight * slope;
+  if (is_clamped(raw, o.log_ratio_clamp)) term.slope = 0.0f;
+  return term;
+}
+
+// Eq. 5: the token's loss.
+R2VPO_TOKEN float loss_value(const Objective& o, const Token& token, const Term& policy,
+                             const Term& penalty, const Term& kl, float entropy) {
+  return token.weight *
+         (policy.value + penalty.value + o.kl_coef * kl.value - o.entropy_coef * entropy);
+}
+
+// Eq. 7, the ratio's part of dL/dlogp; `weight` is w times what reaches the token's loss.
+R2VPO_TOKEN float ratio_slope(const Term& policy, const Term& penalty, float weight) {
+  return weight * (policy.slope + penalty.slope);
+}
+
+// Eq. 7, the KL term's part.
+R2VPO_TOKEN float kl_slope(const Objective& o, const Term& kl, float weight) {
+  return o.kl == KL::none ? 0.0f : weight * (o.kl_coef * kl.slope);
+}
+
+// dL/dH.
+R2VPO_TOKEN float entropy_slope(const Objective& o, float weight) {
+  return -weight * o.entropy_coef;
+}
+
+// Eq. 7: dL/dlogp of a token that depends on no other one.
+R2VPO_TOKEN float loss_slope(const Objective& o, const Token& token, float logp) {
+  const Ratio r = ratio_of(o, raw_log_ratio(o, token, logp));
+  const Term penalty = penalty_term(token, r, token.center);
+  return ratio_slope(policy_term(token, r), penalty, token.weight) +
+         kl_slope(o, kl_term(o, token, logp), token.weight);
 }
 
 // Eq. 8 at the label, but for the factor 1/temperature; -expm1(logp) is 1 - p without cancellation

@@ -8,7 +8,7 @@ from .loss import (
     r2vpo_loss_from_logps,
     token_logps,
 )
-from .objective import R2VPOOutput, RatioStats
+from .output import R2VPOOutput, RatioStats
 
 __all__ = [
     "R2VPOOutput",

@@ -5,7 +5,7 @@ from importlib import metadata
 
 import torch
 
-from . import ops
+from .backends import registry
 from .backends.compiled import build_report
 
 
@@ -21,11 +21,12 @@ def main() -> None:
     print(f"python {platform.python_version()}, {platform.machine()}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     print(f"triton {_version('triton')}")
-    if "cpp" in ops.KERNELS:
-        cpp = ops.KERNELS["cpp"]
+    found = registry.available()
+    if "cpp" in found:
+        cpp = registry.load("cpp")
         sets = " < ".join(cpp.INSTRUCTION_SETS)
         print(f"cpp {build_report('cpp')}; here {cpp.INSTRUCTION_SET} (of {sets})")
-    if "cuda" in ops.KERNELS:
+    if "cuda" in found:
         print(f"cuda {build_report('cuda')}")
     devices = ["cpu"]
     if torch.cuda.is_available():
@@ -33,9 +34,9 @@ def main() -> None:
         print(f"GPU {torch.cuda.get_device_name()}")
     for device in devices:
         logits = torch.empty(1, 1, 1, device=device)
-        print(f"\nbackends for {device} tensors (auto: {ops.choose_backend('auto', logits)})")
-        for backend in ops.BACKENDS[1:]:
-            print(f"  {backend:8}{ops.why_not(backend, logits) or 'available'}")
+        print(f"\nbackends for {device} tensors (auto: {registry.choose_backend('auto', logits)})")
+        for backend in ("eager", *registry.TABLE):
+            print(f"  {backend:8}{registry.why_not(backend, logits) or 'available'}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Batch, check_choice, check_device, check_number, check_positive, invalid
-from .objective import CENTERS, RatioStats
+from . import ops
+from .backends import registry
+from .batch import Batch
+from .checks import (
+    CENTERS,
+    Center,
+    check,
+    check_choice,
+    check_device,
+    check_number,
+    check_positive,
+    invalid,
+)
+from .objective import Objective
+from .output import RatioStats
+from .reference import Tokens, dual_step
 
 
 class VarianceConstraint:
@@ -37,14 +52,14 @@ class VarianceConstraint:
 
     Raises: ValueError for an unknown center, a negative number, a target or min_coef that is not
     above 0, or bounds that cross.
-    Source: DERIVATION.md, Eq. 16.
+    Source: docs/derivation, Eq. 16.
     """
 
     def __init__(
         self,
         target: float,
         *,
-        center: str = "one",
+        center: Center = "one",
         coef: float = 0.5,
         lr: float = 0.1,
         min_coef: float = 1e-3,
@@ -69,13 +84,16 @@ class VarianceConstraint:
         """
         if self.coef.device != stats.weight.device:
             self.coef = self.coef.to(stats.weight.device)
-        v = stats.second_moment if self.center == "one" else stats.variance
-        total = stats.weight.sum()
-        pooled = (stats.weight * v).sum() / total
-        excess = pooled / self.target - 1.0
-        moved = self.coef * (self.lr * excess.clamp(max=1.0)).exp()
-        moved = moved.clamp(self.min_coef, self.max_coef)
-        self.coef.copy_(torch.where(excess.isfinite(), moved, self.coef))
+        about_means = self.center == "group"
+        settings = self.target, self.lr, self.min_coef, self.max_coef
+        backend = registry.choose_backend("auto", stats.weight)
+        if backend == "eager":
+            self.coef.copy_(dual_step(self.coef, stats, about_means, *settings))
+            return
+        weight, d_sum, d_sq_sum = (
+            x.contiguous() for x in (stats.weight, stats.d_sum, stats.d_sq_sum)
+        )
+        ops.dual_step(self.coef, weight, d_sum, d_sq_sum, about_means, *settings, backend)
 
     def state_dict(self) -> dict[str, Any]:
         """λ alone; the settings belong to the constructor."""
@@ -95,7 +113,7 @@ def fenchel_coef(
     target: float,
     *,
     weight: Tensor | None = None,
-    center: str = "one",
+    center: Center = "one",
     group_ids: Tensor | None = None,
     num_groups: int | None = None,
 ) -> Tensor:
@@ -116,7 +134,7 @@ def fenchel_coef(
 
     Returns: a 0-dim tensor, float32 (float64 for float64 advantages); 0 if nothing has weight.
     Raises: ValueError or TypeError naming the argument.
-    Source: DERIVATION.md, Eq. 17 and 18.
+    Source: docs/derivation, Eq. 17 and 18.
     """
     check_choice("center", center, CENTERS)
     check_positive("target", target)
@@ -132,15 +150,17 @@ def fenchel_coef(
     w = torch.ones_like(advantages) if weight is None else weight
     batch = Batch.build(
         torch.Size([advantages.numel()]),
-        advantages,
+        advantages.device,
         mask=w.reshape(-1),
         group_ids=None if group_ids is None else group_ids.reshape(-1),
         num_groups=num_groups,
     )
-    x = batch.per_token("advantages", advantages.reshape(-1))
-    w = batch.token_weight * batch.per_token("weight", w.reshape(-1), minimum=0.0)
+    tokens = Tokens.of(batch, Objective(advantages.reshape(-1)), advantages)
+    x = tokens.advantages
+    w = tokens.token_weight * torch.where(tokens.valid, w.reshape(-1).to(x.dtype), 0.0)
+    w = check(w, w >= 0, w, "weight", "at least 0")
     if center == "group":
-        x = x - batch.groups.spread(batch.groups.mean(x, w))
+        x = x - tokens.groups.spread(tokens.groups.mean(x, w))
     total = w.sum()
-    mean_square = (w * x**2).sum() / torch.where(total == 0, 1.0, total)
-    return mean_square.sqrt() / (2.0 * target**0.5)
+    mean_square: Tensor = (w * x**2).sum() / torch.where(total == 0, 1.0, total)
+    return mean_square.sqrt() / (2.0 * math.sqrt(target))

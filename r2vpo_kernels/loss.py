@@ -1,26 +1,65 @@
-"""The entries: from logits or log-probs to the R²VPO loss. Arguments are checked where `Batch` and
-`Objective` are built; here the route is chosen.
+"""The entries: from logits or log-probs to the R²VPO loss.
+
+Each checks its arguments where a source of logits, `Batch` and `Objective` are built, and hands
+them over to the source, which chooses the route.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Literal, ParamSpec, TypeVar, overload
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import ops
-from .batch import Batch, check_float, check_labels, invalid
-from .linear import LinearLogits
-from .objective import Objective, R2VPOOutput, evaluate, token_temperature
-from .tensor_parallel import UNKNOWN_VOCABULARY, agree
+from .batch import Batch
+from .checks import Backend, Center, KLEstimator, RatioLevel, Reduction, invalid
+from .objective import Objective, check_temperature
+from .output import R2VPOOutput, RatioStats
+from .sources.autograd import Result
+from .sources.linear import LinearLogits
+from .sources.logits import Logits
+from .sources.logps import LogProbs
+from .sources.shard import exchange_shard_layout
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Source = TypeVar("Source", Logits, LinearLogits)
 
 
+def _names_unknown_keywords(entry: Callable[P, R]) -> Callable[P, R]:
+    """Like the package's other errors, that of a misspelt keyword begins with its name."""
+    known = tuple(inspect.signature(entry).parameters)
+
+    @functools.wraps(entry)
+    def checked(*arguments: P.args, **keywords: P.kwargs) -> R:
+        for name in keywords:
+            if name not in known:
+                expected = "one of " + ", ".join(known)
+                raise TypeError(f"{name}: got an unknown keyword, expected {expected}")
+        return entry(*arguments, **keywords)
+
+    return checked
+
+
+def _output(result: Result, objective: Objective) -> R2VPOOutput:
+    loss, stats, metrics, logps, entropy = result
+    has_ref = objective.ref_logps is not None
+    return R2VPOOutput(loss, logps, entropy, RatioStats(*stats.unbind()), metrics, has_ref)
+
+
+def _asked(
+    tp_group: dist.ProcessGroup | None,
+    ask: Callable[[], tuple[Source, Batch, Objective]],
+    with_entropy: bool,
+) -> tuple[Source, Batch, Objective]:
+    """What was asked; of a shard of the vocabulary, what all ranks have asked alike."""
+    return ask() if tp_group is None else exchange_shard_layout(tp_group, ask, with_entropy)
+
+
+@_names_unknown_keywords
 def r2vpo_loss(
     logits: Tensor,
     labels: Tensor,
@@ -28,19 +67,19 @@ def r2vpo_loss(
     advantages: Tensor,
     *,
     variance_coef: float | Tensor = 0.5,
-    center: str | Tensor = "one",
+    center: Center | Tensor = "one",
     group_ids: Tensor | None = None,
     num_groups: int | None = None,
     group_size: int | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "token-mean",
+    reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
-    ratio_level: str = "token",
+    ratio_level: RatioLevel = "token",
     importance_weights: Tensor | None = None,
     ref_logps: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
+    kl_estimator: KLEstimator = "k3",
     entropy_coef: float = 0.0,
     temperature: float | Tensor = 1.0,
     log_ratio_clamp: float = 20.0,
@@ -48,7 +87,7 @@ def r2vpo_loss(
     return_entropy: bool = False,
     tp_group: dist.ProcessGroup | None = None,
     inplace: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> R2VPOOutput:
     """The R²VPO loss from logits (Eq. 5), with one pass over them where the objective allows it:
 
@@ -115,91 +154,49 @@ def r2vpo_loss(
         expected. On a GPU bad values in a tensor (a label outside the vocabulary, λ < 0) make the
         loss NaN instead, or raise with R2VPO_KERNELS_VALIDATE=1 at the price of a sync.
 
-    Source: DERIVATION.md, Eq. 1 to 11, and 30 for tp_group.
+    Source: docs/derivation, Eq. 1 to 11, and 30 for tp_group.
     """
-    keywords = {
-        "old_logps": old_logps,
-        "advantages": advantages,
-        "variance_coef": variance_coef,
-        "center": center,
-        "group_ids": group_ids,
-        "num_groups": num_groups,
-        "group_size": group_size,
-        "mask": mask,
-        "reduction": reduction,
-        "normalizer": normalizer,
-        "ratio_level": ratio_level,
-        "importance_weights": importance_weights,
-        "ref_logps": ref_logps,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator,
-        "entropy_coef": entropy_coef,
-        "temperature": temperature,
-        "log_ratio_clamp": log_ratio_clamp,
-        "cu_seqlens": cu_seqlens,
-    }
+
+    def ask() -> tuple[Logits, Batch, Objective]:
+        source = Logits.build(logits, labels, inplace, backend)
+        batch = Batch.build(
+            labels.shape,
+            logits.device,
+            labels=labels,
+            mask=mask,
+            ignore_index=ignore_index,
+            cu_seqlens=cu_seqlens,
+            group_ids=group_ids,
+            num_groups=num_groups,
+            group_size=group_size,
+            center=center,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
+        objective = Objective.build(
+            batch,
+            logits.device,
+            old_logps=old_logps,
+            advantages=advantages,
+            variance_coef=variance_coef,
+            center=center,
+            ratio_level=ratio_level,
+            importance_weights=importance_weights,
+            ref_logps=ref_logps,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            entropy_coef=entropy_coef,
+            log_ratio_clamp=log_ratio_clamp,
+            temperature=temperature,
+        )
+        return source, batch, objective
+
     with_entropy = return_entropy or entropy_coef != 0
-
-    def prepare() -> tuple[ops.Logits, Batch, Objective]:
-        source = _source(logits, labels, inplace, backend)
-        labelling = _labelling(source, labels, ignore_index, tp_group)
-        return source, *_build(labels.shape, source.like, labelling, **keywords)
-
-    options = keywords | {"labels": labels, "entropy": with_entropy}
-    source, batch, objective = agree(tp_group, options, prepare)
-    return _by_route(source, batch, objective, reduction, with_entropy)
+    source, batch, objective = _asked(tp_group, ask, with_entropy)
+    return _output(source.loss(batch, objective, with_entropy), objective)
 
 
-def _by_route(
-    source: ops.Logits | LinearLogits,
-    batch: Batch,
-    objective: Objective,
-    reduction: str,
-    with_entropy: bool,
-) -> R2VPOOutput:
-    """One pass where each token's coefficient depends on that token alone; else from log-probs."""
-    if objective.separable and reduction != "none" and source.takes_one_pass:
-        carrier, logps, entropy = source.one_pass(batch, objective, with_entropy)
-        out = evaluate(logps, entropy, batch, objective, reduction)
-        return dataclasses.replace(out, loss=out.loss + carrier)
-    logps, entropy = source.token_logps(batch.labels, objective.temperature, with_entropy)
-    return evaluate(logps, entropy, batch, objective, reduction)
-
-
-# The other entries take the keywords of r2vpo_loss that make sense for them, with its defaults.
-_KEYWORDS = {
-    name: parameter
-    for name, parameter in inspect.signature(r2vpo_loss).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
-}
-_OF_LOGITS = ("ignore_index", "temperature", "return_entropy", "tp_group", "inplace", "backend")
-
-
-def _sharing_keywords(*without: str) -> Callable[[Any], Any]:
-    """Let the `**keywords` of an entry be those of r2vpo_loss, but for some."""
-    shared = {name: p for name, p in _KEYWORDS.items() if name not in without}
-    defaults = {name: parameter.default for name, parameter in shared.items()}
-
-    def decorate(function: Any) -> Any:
-        *own, _ = inspect.signature(function).parameters.values()
-        known = [*(p.name for p in own), *defaults]
-
-        @functools.wraps(function)
-        def entry(*arguments: Any, **keywords: Any) -> R2VPOOutput:
-            for name in keywords:
-                if name not in known:
-                    expected = "one of " + ", ".join(known)
-                    raise TypeError(f"{name}: got an unknown keyword, expected {expected}")
-            return function(*arguments, **(defaults | keywords))
-
-        # What help() and editors show.
-        entry.__signature__ = inspect.Signature([*own, *shared.values()])  # type: ignore
-        return entry
-
-    return decorate
-
-
-@_sharing_keywords("inplace")
+@_names_unknown_keywords
 def linear_r2vpo_loss(
     hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -212,7 +209,27 @@ def linear_r2vpo_loss(
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,
     compact: bool = True,
-    **keywords: Any,
+    variance_coef: float | Tensor = 0.5,
+    center: Center | Tensor = "one",
+    group_ids: Tensor | None = None,
+    num_groups: int | None = None,
+    group_size: int | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "token-mean",
+    normalizer: float | Tensor | None = None,
+    ratio_level: RatioLevel = "token",
+    importance_weights: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    entropy_coef: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    log_ratio_clamp: float = 20.0,
+    cu_seqlens: Tensor | None = None,
+    return_entropy: bool = False,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
 ) -> R2VPOOutput:
     """The R²VPO loss from hidden states and the LM head (Eq. 27, 5); logits never exist as a whole.
 
@@ -220,7 +237,7 @@ def linear_r2vpo_loss(
 
         logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
         logits = softcap * torch.tanh(logits / softcap)  # unless softcap is None
-        loss = r2vpo_loss(logits, labels, old_logps, advantages, **keywords).loss
+        loss = r2vpo_loss(logits, labels, old_logps, advantages, ...).loss
 
     Where each token's gradient depends on that token alone (`center` "one" or given, token level, a
     summed loss, not float16) it costs three matrix products, all in forward; otherwise four, three
@@ -245,9 +262,10 @@ def linear_r2vpo_loss(
             0 (advantage 0, no KL, no entropy bonus, and on-policy or λ = 0) out of those for the
             gradient. On a GPU finding them waits for it once, and once more in a backward that
             recomputes; False for no wait, no saving, and a copy of hidden.
-        keywords: those of `r2vpo_loss`, except inplace. Backend "eager" holds all logits. With
-            tp_group each rank has its rows of weight and bias, and the same hidden, whose gradient
-            is summed over the ranks (in float32); a DTensor is refused: give its local part.
+        The other keywords are those of `r2vpo_loss`, except inplace. Backend "eager" holds all
+            logits. With tp_group each rank has its rows of weight and bias, and the same hidden,
+            whose gradient is summed over the ranks (in float32); a DTensor is refused: give its
+            local part.
 
     Returns: R2VPOOutput. Its loss is differentiable in hidden, weight and bias, once; only what
         requires grad is computed, in its own dtype. Sums are float32, within a product on a GPU as
@@ -255,15 +273,10 @@ def linear_r2vpo_loss(
 
     Raises: as `r2vpo_loss`.
 
-    Source: DERIVATION.md, Eq. 27 to 29.
+    Source: docs/derivation, Eq. 27 to 29.
     """
-    keywords |= {"old_logps": old_logps, "advantages": advantages}
-    tp_group, backend, ignore_index, return_entropy = (
-        keywords.pop(name) for name in ("tp_group", "backend", "ignore_index", "return_entropy")
-    )
-    with_entropy = return_entropy or keywords["entropy_coef"] != 0
 
-    def prepare() -> tuple[LinearLogits, Batch, Objective]:
+    def ask() -> tuple[LinearLogits, Batch, Objective]:
         source = LinearLogits.build(
             hidden,
             weight,
@@ -276,24 +289,69 @@ def linear_r2vpo_loss(
             sharded=tp_group is not None,
             backend=backend,
         )
-        labelling = _labelling(source, labels, ignore_index, tp_group)
-        return source, *_build(labels.shape, source.like, labelling, **keywords)
+        batch = Batch.build(
+            labels.shape,
+            hidden.device,
+            labels=labels,
+            mask=mask,
+            ignore_index=ignore_index,
+            cu_seqlens=cu_seqlens,
+            group_ids=group_ids,
+            num_groups=num_groups,
+            group_size=group_size,
+            center=center,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
+        objective = Objective.build(
+            batch,
+            hidden.device,
+            old_logps=old_logps,
+            advantages=advantages,
+            variance_coef=variance_coef,
+            center=center,
+            ratio_level=ratio_level,
+            importance_weights=importance_weights,
+            ref_logps=ref_logps,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            entropy_coef=entropy_coef,
+            log_ratio_clamp=log_ratio_clamp,
+            temperature=temperature,
+        )
+        return source, batch, objective
 
-    options = keywords | {"labels": labels, "hidden": hidden, "entropy": with_entropy}
-    source, batch, objective = agree(tp_group, options, prepare)
-    return _by_route(source, batch, objective, keywords["reduction"], with_entropy)
+    with_entropy = return_entropy or entropy_coef != 0
+    source, batch, objective = _asked(tp_group, ask, with_entropy)
+    return _output(source.loss(batch, objective, with_entropy), objective)
 
 
-@_sharing_keywords(*_OF_LOGITS)
+@_names_unknown_keywords
 def r2vpo_loss_from_logps(
     logps: Tensor,
     old_logps: Tensor | None,
     advantages: Tensor,
     *,
     entropy: Tensor | None = None,
-    **keywords: Any,
+    variance_coef: float | Tensor = 0.5,
+    center: Center | Tensor = "one",
+    group_ids: Tensor | None = None,
+    num_groups: int | None = None,
+    group_size: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "token-mean",
+    normalizer: float | Tensor | None = None,
+    ratio_level: RatioLevel = "token",
+    importance_weights: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    entropy_coef: float = 0.0,
+    log_ratio_clamp: float = 20.0,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> R2VPOOutput:
-    """The R²VPO loss from log-probs that are already at hand (Eq. 5), in plain torch.
+    """The R²VPO loss from log-probs that are already at hand (Eq. 5).
 
     In torch, with the defaults and no mask:
 
@@ -303,35 +361,87 @@ def r2vpo_loss_from_logps(
     Args:
         logps: (B, T), or (N,) packed, nats, any float dtype; computed in float32 (float64 stays).
         entropy: like logps, nats, for entropy_coef; both come from `token_logps`.
-        keywords: those of `r2vpo_loss`, except ignore_index, temperature, return_entropy,
-            tp_group, inplace and backend, which are about logits.
+        backend: as for `r2vpo_loss`. Float64 takes "eager", which is plain torch.
+        The other keywords are those of `r2vpo_loss`, except ignore_index, temperature,
+            return_entropy, tp_group and inplace, which are about logits.
 
-    Returns: R2VPOOutput. Its loss is differentiable in logps and entropy.
+    Returns: R2VPOOutput. Its loss is differentiable in logps and entropy, once (backend
+        "eager": any number of times).
 
     Raises: as `r2vpo_loss`.
 
-    Source: DERIVATION.md, Eq. 4 to 11.
+    Source: docs/derivation, Eq. 4 to 11.
     """
-    check_float("logps", logps)
-    if logps.dim() not in (1, 2):
-        raise invalid("logps", logps, "shape (B, T), or (N,) packed")
-    if entropy is not None:
-        check_float("entropy", entropy)
-        if entropy.shape != logps.shape:
-            raise invalid("entropy", entropy, f"shape {tuple(logps.shape)}, that of logps")
-    if entropy is None and keywords["entropy_coef"] != 0:
-        raise invalid("entropy", None, f"a tensor, for entropy_coef is {keywords['entropy_coef']}")
-    batch, objective = _build(
-        logps.shape, logps, {}, old_logps=old_logps, advantages=advantages, **keywords
+    source = LogProbs.build(logps, entropy, backend)
+    if entropy is None and entropy_coef != 0:
+        raise invalid("entropy", None, f"a tensor, for entropy_coef is {entropy_coef}")
+    batch = Batch.build(
+        logps.shape,
+        logps.device,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        group_ids=group_ids,
+        num_groups=num_groups,
+        group_size=group_size,
+        center=center,
+        reduction=reduction,
+        normalizer=normalizer,
     )
+    objective = Objective.build(
+        batch,
+        logps.device,
+        old_logps=old_logps,
+        advantages=advantages,
+        variance_coef=variance_coef,
+        center=center,
+        ratio_level=ratio_level,
+        importance_weights=importance_weights,
+        ref_logps=ref_logps,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        log_ratio_clamp=log_ratio_clamp,
+    )
+    return _output(source.loss(batch, objective), objective)
 
-    def flat(x: Tensor) -> Tensor:
-        return torch.where(batch.valid, x.reshape(-1).to(batch.weight.dtype), 0.0)
 
-    flat_entropy = None if entropy is None else flat(entropy)
-    return evaluate(flat(logps), flat_entropy, batch, objective, keywords["reduction"])
-
-
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: Literal[False] = False,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> Tensor: ...
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: Literal[True],
+    tp_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@_names_unknown_keywords
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -341,7 +451,7 @@ def token_logps(
     ignore_index: int = -100,
     return_entropy: bool = False,
     tp_group: dist.ProcessGroup | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of the labels (Eq. 1) and, on request, entropies (Eq. 3), both differentiable.
 
@@ -361,38 +471,92 @@ def token_logps(
 
     Raises: as `r2vpo_loss`.
 
-    Source: DERIVATION.md, Eq. 1, 3 and 8.
+    Source: docs/derivation, Eq. 1, 3 and 8.
     """
 
-    def source() -> ops.Logits:
-        return _source(logits, labels, False, backend)
+    def ask() -> tuple[Logits, Batch, Objective]:
+        source = Logits.build(logits, labels, False, backend)
+        return source, *_labels_alone(source, labels, mask, ignore_index, temperature)
 
-    return _log_probs(source, labels, temperature, mask, ignore_index, return_entropy, tp_group)
+    source, batch, objective = _asked(tp_group, ask, return_entropy)
+    return _log_probs(source, batch, objective, return_entropy)
+
+
+def _labels_alone(
+    source: Logits | LinearLogits,
+    labels: Tensor,
+    mask: Tensor | None,
+    ignore_index: int,
+    temperature: float | Tensor,
+) -> tuple[Batch, Objective]:
+    device = source.like.device
+    batch = Batch.build(labels.shape, device, labels=labels, mask=mask, ignore_index=ignore_index)
+    check_temperature(batch, temperature, device)
+    return batch, Objective(temperature=temperature)
 
 
 def _log_probs(
-    build_source: Callable[[], ops.Logits | LinearLogits],
-    labels: Tensor,
-    temperature: float | Tensor,
-    mask: Tensor | None,
-    ignore_index: int,
-    return_entropy: bool,
-    tp_group: dist.ProcessGroup | None,
+    source: Logits | LinearLogits, batch: Batch, objective: Objective, return_entropy: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    def prepare() -> tuple[ops.Logits | LinearLogits, Batch, Tensor]:
-        source = build_source()
-        labelling = _labelling(source, labels, ignore_index, tp_group)
-        batch = Batch.build(labels.shape, source.like, mask=mask, **labelling)
-        return source, batch, token_temperature(batch, temperature)
-
-    options = {"labels": labels, "temperature": temperature, "mask": mask}
-    source, batch, per_token = agree(tp_group, options | {"entropy": return_entropy}, prepare)
-    logps, entropy = source.token_logps(batch.labels, per_token, return_entropy)
-    if entropy is None:
-        return logps.reshape(batch.shape)
-    return logps.reshape(batch.shape), entropy.reshape(batch.shape)
+    logps, entropy = source.token_logps(batch, objective, return_entropy)
+    return logps if entropy is None else (logps, entropy)
 
 
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor | nn.Module,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: Literal[False] = False,
+    chunk_tokens: int | None = None,
+    compact: bool = True,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> Tensor: ...
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor | nn.Module,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: Literal[True],
+    chunk_tokens: int | None = None,
+    compact: bool = True,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor | nn.Module,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool,
+    chunk_tokens: int | None = None,
+    compact: bool = True,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@_names_unknown_keywords
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -408,7 +572,7 @@ def linear_token_logps(
     chunk_tokens: int | None = None,
     compact: bool = True,
     tp_group: dist.ProcessGroup | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logps` from hidden states and the LM head (Eq. 27); logits never exist as a whole.
 
@@ -427,11 +591,11 @@ def linear_token_logps(
 
     Returns, raises: as `token_logps`.
 
-    Source: DERIVATION.md, Eq. 27 to 29.
+    Source: docs/derivation, Eq. 27 to 29.
     """
 
-    def source() -> LinearLogits:
-        return LinearLogits.build(
+    def ask() -> tuple[LinearLogits, Batch, Objective]:
+        source = LinearLogits.build(
             hidden,
             weight,
             labels,
@@ -443,58 +607,7 @@ def linear_token_logps(
             sharded=tp_group is not None,
             backend=backend,
         )
+        return source, *_labels_alone(source, labels, mask, ignore_index, temperature)
 
-    return _log_probs(source, labels, temperature, mask, ignore_index, return_entropy, tp_group)
-
-
-def _labelling(
-    source: ops.Logits | LinearLogits,
-    labels: Tensor,
-    ignore_index: int,
-    tp_group: dist.ProcessGroup | None,
-) -> dict[str, Any]:
-    vocabulary = source.vocabulary if tp_group is None else UNKNOWN_VOCABULARY
-    return {"labels": labels, "vocabulary": vocabulary, "ignore_index": ignore_index}
-
-
-_GEOMETRY = (
-    "mask", "cu_seqlens", "group_ids", "num_groups", "group_size", "reduction", "normalizer",
-)  # fmt: skip
-
-
-def _build(
-    shape: torch.Size, like: Tensor, labelling: dict[str, Any], **keywords: Any
-) -> tuple[Batch, Objective]:
-    """The two objects that the keywords travel in from here on."""
-    center = keywords["center"]
-    if isinstance(center, Tensor) and keywords["group_ids"] is not None:
-        # Means given for each group say how many groups there are.
-        keywords["num_groups"] = keywords["num_groups"] or center.numel()
-    geometry = {name: keywords.pop(name) for name in _GEOMETRY}
-    batch = Batch.build(shape, like, **labelling, **geometry)
-    return batch, Objective.build(batch, **keywords)
-
-
-def _source(logits: Tensor, labels: Tensor, inplace: bool, backend: str) -> ops.Logits:
-    """The logits as (B, T, V); a packed batch is one row of tokens."""
-    check_float("logits", logits)
-    if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
-        raise invalid("logits", logits, "shape (B, T, V), or (N, V) packed, with V of at least 1")
-    check_labels(labels, logits.shape[:-1], "logits less V")
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        raise invalid("logits", f"stride {logits.stride(-1)} over V", "a contiguous vocabulary")
-    if inplace:
-        _check_inplace(logits)
-    batch = logits if logits.dim() == 3 else logits.unsqueeze(0)
-    return ops.Logits(batch, inplace, ops.choose_backend(backend, logits))
-
-
-def _check_inplace(logits: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        # Where the compiler decides what is mutated, the permission goes unused.
-        return
-    base = logits if logits._base is None else logits._base
-    if base.is_leaf and base.requires_grad:
-        raise invalid("inplace", True, "False for a leaf or a view of one, whose values must stay")
-    if ops.rows_overlap(logits):
-        raise invalid("inplace", True, "False for logits whose rows share memory")
+    source, batch, objective = _asked(tp_group, ask, return_entropy)
+    return _log_probs(source, batch, objective, return_entropy)

@@ -1,207 +1,287 @@
-"""Registered ops over logits, the autograd Functions around them, and the choice of backend.
+"""Registered ops: one schema, one argument check, one fake each; eager mode calls them directly.
 
-The ops are opaque to torch.compile and carry no autograd of their own: `Logits` at the end is what
-the rest of the package calls; linear.py builds the same on top of the ops that overwrite logits.
+They are opaque to torch.compile and carry no autograd of their own: the autograd Functions in
+sources/ do. Here are those over logits and over log-probs; sources/ registers its own likewise.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .backends import registry
+from .backends.calls import (
+    FAULTS,
+    NOTHING,
+    Column,
+    Prepare,
+    Tokens,
+    parts_of,
+    units_in,
+    units_of,
+    workspace_size,
+)
+from .backends.calls import column as column_of
+from .batch import Batch
+from .checks import KL_ESTIMATORS, check_device, check_float, invalid, may_synchronise
+from .objective import Objective, check_temperature
+from .output import METRICS
 
-if TYPE_CHECKING:
-    from .batch import Batch
-    from .objective import Objective
-    from .tensor_parallel import VocabularyShard
-
-BACKENDS = ("auto", "eager", "triton", "cpp", "cuda")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTOR_BYTES = 16
+# What labels are not checked against before the shards of a vocabulary meet.
+UNKNOWN_VOCABULARY = 2**62
 
-# (device, dtype, V) for which a file in benchmarks/results shows the CUDA kernels right and faster
-# than Triton's; a test holds it to those files.
-CUDA_IS_FASTER: frozenset[tuple[str, torch.dtype, int]] = frozenset()
-
-# The modules of kernels, and why one is not here.
-KERNELS: dict[str, ModuleType] = {}
-_MISSING: dict[str, str] = {}
-for _name, _module in (("triton", "triton_kernels"), ("cpp", "cpp"), ("cuda", "cuda")):
-    try:
-        KERNELS[_name] = importlib.import_module(f".backends.{_module}", __package__)
-    except ImportError as _error:
-        _MISSING[_name] = f"it cannot be imported ({_error})"
+_LIBRARY = torch.library.Library("r2vpo_kernels", "FRAGMENT")
 
 
-def why_not(backend: str, logits: Tensor) -> str | None:
-    """Why a backend cannot take these logits; None if it can."""
-    if backend == "eager":
+def register(
+    name: str, schema: str, *, fake: Callable[..., Any], check: Callable[..., None]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an op, and return what calls it.
+
+    In eager mode that is the function itself: the entries have checked its arguments. Whoever calls
+    torch.ops.r2vpo_kernels has not, and there `check` comes first.
+    """
+
+    def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*arguments: Any) -> Any:
+            for argument, value in zip(overload._schema.arguments, arguments, strict=True):
+                if isinstance(value, Tensor):
+                    check_memory(argument.name, value)
+            check(*arguments)
+            return implementation(*arguments)
+
+        definition = name + " ".join(schema.split())
+        mutates = "(a!)" in schema
+        _LIBRARY.define(definition, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, checked, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"r2vpo_kernels::{name}", fake, lib=_LIBRARY)
+        overload = getattr(torch.ops.r2vpo_kernels, name).default
+
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or not _is_plain(arguments[0]):
+                return overload(*arguments)
+            if mutates:
+                # As the dispatcher does, so that autograd notices.
+                torch.autograd.graph.increment_version(arguments[0])
+            return implementation(*arguments)
+
+        return call
+
+    return decorate
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether nobody but torch's own kernels would see an op on this tensor."""
+    kind = type(tensor)
+    plain = kind is Tensor or kind is torch.nn.Parameter
+    return plain and not torch._C._len_torch_dispatch_stack()
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """Memory may have been given back under a tensor that lives on."""
+    if value.numel() == 0:
+        return
+    last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    reached = (value.storage_offset() + last + 1) * value.element_size()
+    if value.untyped_storage().nbytes() < reached:
+        held = f"{value.untyped_storage().nbytes()} bytes of storage"
+        raise ValueError(f"{name}: got {held}, expected {reached} for its shape")
+
+
+# What was asked, as an op takes it: flat. `numbers` are variance_coef, temperature, the
+# denominator's factor, kl_coef, entropy_coef and log_ratio_clamp, where they are numbers; under
+# torch.compile they are a tensor, so that no compilation depends on a value.
+CALL = """SymInt[] shape, Tensor? labels, Tensor? mask, SymInt ignore_index, Tensor? cu_seqlens,
+    Tensor? group_ids, SymInt num_groups, SymInt group_size, str reduction, Tensor? normalizer,
+    bool normalized, Tensor? advantages, Tensor? old_logps, Tensor? variance_coef, Tensor? center,
+    bool empirical_center, str ratio_level, Tensor? importance_weights, Tensor? ref_logps,
+    str kl_estimator, Tensor? temperature, float[] numbers, Tensor? number_vector,
+    bool with_entropy, str backend"""
+CALL_LENGTH = CALL.count(",") + 1
+
+
+@dataclass(slots=True)
+class Call:
+    """What was asked, on its way through an op."""
+
+    batch: Batch
+    objective: Objective
+    with_entropy: bool
+    backend: str
+    number_vector: Tensor | None = None
+
+    @property
+    def per_token(self) -> bool:
+        return self.batch.reduction == "none"
+
+    def numbers(self) -> list[float]:
+        batch, objective = self.batch, self.objective
+        coef, temperature, factor = objective.variance_coef, objective.temperature, batch.normalizer
+        if factor is None:
+            factor = batch.shape[1] if batch.reduction == "seq-mean-token-sum-norm" else 1.0
+        return [
+            0.0 if isinstance(coef, Tensor) else coef,
+            1.0 if isinstance(temperature, Tensor) else temperature,
+            1.0 if isinstance(factor, Tensor) else factor,
+            objective.kl_coef,
+            objective.entropy_coef,
+            objective.log_ratio_clamp,
+        ]
+
+    def flat(self, like: Tensor) -> tuple[Any, ...]:
+        """In the order of CALL."""
+        batch, objective = self.batch, self.objective
+        numbers, vector = self.numbers(), None
+        if torch.compiler.is_compiling():
+            zero = like.new_zeros((), dtype=torch.float32)
+            vector = torch.stack([zero + number for number in numbers])
+            numbers = []
+        return (
+            batch.shape, batch.labels, _constant(batch.mask), batch.ignore_index, batch.cu_seqlens,
+            batch.group_ids, batch.num_groups, batch.group_size, batch.reduction,
+            _constant(batch.normalizer), batch.normalizer is not None,
+            _constant(objective.advantages), _constant(objective.old_logps),
+            _constant(objective.variance_coef), _constant(objective.center),
+            objective.empirical_center, objective.ratio_level,
+            _constant(objective.importance_weights), _constant(objective.ref_logps),
+            objective.kl_estimator, _constant(objective.temperature), numbers, vector,
+            self.with_entropy, self.backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def of(flat: tuple[Any, ...]) -> Call:
+        (
+            shape, labels, mask, ignore_index, cu_seqlens, group_ids, num_groups, group_size,
+            reduction, normalizer, normalized, advantages, old_logps, variance_coef, center,
+            empirical_center, ratio_level, importance_weights, ref_logps, kl_estimator,
+            temperature, numbers, number_vector, with_entropy, backend,
+        ) = flat  # fmt: skip
+        if number_vector is not None:
+            numbers = [1.0] * 6  # not read
+        if normalized and normalizer is None:
+            normalizer = numbers[2]
+        batch = Batch(
+            torch.Size(shape), labels, mask, ignore_index, cu_seqlens, group_ids, num_groups,
+            group_size, reduction, normalizer,
+        )  # fmt: skip
+        objective = Objective(
+            advantages,
+            old_logps,
+            numbers[0] if variance_coef is None else variance_coef,
+            ("group" if empirical_center else "one") if center is None else center,
+            ratio_level,
+            importance_weights,
+            ref_logps,
+            numbers[3],
+            kl_estimator,
+            numbers[4],
+            numbers[1] if temperature is None else temperature,
+            numbers[5],
+        )
+        return Call(batch, objective, with_entropy, backend, number_vector)
+
+    def check(self, device: torch.device) -> None:
+        """As the entries check their arguments."""
+        batch, objective = self.batch, self.objective
+        if self.number_vector is not None:
+            check_is("number_vector", self.number_vector, torch.float32, device, (6,))
+        Batch.build(
+            batch.shape,
+            device,
+            labels=batch.labels,
+            mask=batch.mask,
+            ignore_index=batch.ignore_index,
+            cu_seqlens=batch.cu_seqlens,
+            group_ids=batch.group_ids,
+            num_groups=None if batch.group_ids is None else batch.num_groups,
+            group_size=batch.group_size or None,
+            reduction=batch.reduction,
+            normalizer=batch.normalizer,
+        )
+        if objective.advantages is None:
+            return check_temperature(batch, objective.temperature, device)
+        Objective.build(
+            batch,
+            device,
+            old_logps=objective.old_logps,
+            advantages=objective.advantages,
+            variance_coef=objective.variance_coef,
+            center=objective.center,
+            ratio_level=objective.ratio_level,
+            importance_weights=objective.importance_weights,
+            ref_logps=objective.ref_logps,
+            kl_coef=objective.kl_coef if objective.ref_logps is not None else 0.0,
+            kl_estimator=objective.kl_estimator,
+            entropy_coef=objective.entropy_coef,
+            log_ratio_clamp=objective.log_ratio_clamp,
+            temperature=objective.temperature,
+        )
+
+
+def _constant(value: Any) -> Tensor | None:
+    """A tensor, through which no gradient goes; None for a number."""
+    if not isinstance(value, Tensor):
         return None
-    if backend in _MISSING:
-        return _MISSING[backend]
-    if logits.dtype not in KERNEL_DTYPES:
-        return f"it takes float32, bfloat16 and float16, and logits are {logits.dtype}"
-    if backend == "cpp" and logits.device.type != "cpu":
-        return f"it runs on a CPU, and logits are on {logits.device}"
-    if (backend == "triton" and KERNELS["triton"].INTERPRETED) or (
-        backend == "cuda" and KERNELS["cuda"].EMULATED
-    ):
-        return None
-    if backend != "cpp" and not logits.is_cuda:
-        return f"it runs on a GPU, and logits are on {logits.device}"
-    return KERNELS["cuda"].why_not(logits.device) if backend == "cuda" else None
+    return value.detach() if value.requires_grad else value
 
 
-def _cuda_is_faster(logits: Tensor) -> bool:
-    # On CUDA_IS_FASTER nothing stands yet, and then no device is asked for its name.
-    if not CUDA_IS_FASTER or why_not("cuda", logits):
-        return False
-    device = torch.cuda.get_device_properties(logits.device).name
-    return (device, logits.dtype, logits.shape[-1]) in CUDA_IS_FASTER
-
-
-def choose_backend(name: str, logits: Tensor) -> str:
-    """The backend to run; `auto`: on a GPU CUDA where it is known to be faster, else Triton; on a
-    CPU C++; eager where they cannot.
-    """
-    if not (isinstance(name, str) and name in BACKENDS):
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    if name == "auto":
-        name = ("cuda" if _cuda_is_faster(logits) else "triton") if logits.is_cuda else "cpp"
-        return "eager" if why_not(name, logits) else name
-    reason = why_not(name, logits)
-    if reason is not None:
-        raise ValueError(f"backend: {name!r} is not available: {reason}")
-    return name
-
-
-def advise_huge_pages(fresh: Tensor) -> Tensor:
-    """`fresh`, a tensor that nobody has touched, in huge pages where it is a CPU's memory."""
-    if fresh.device.type == "cpu" and "cpp" in KERNELS:
-        KERNELS["cpp"].advise_huge_pages(fresh)
-    return fresh
-
-
-def _looks(value: Tensor) -> bool:
-    # Looking at values on a GPU would wait for it.
-    return not value.is_cuda or os.environ.get("R2VPO_KERNELS_VALIDATE") == "1"
-
-
-@torch.library.custom_op("r2vpo_kernels::check", mutates_args=())
-def check(value: Tensor, ok: Tensor, shown: Tensor, name: str, expected: str) -> Tensor:
-    """`value`, having made sure of `ok` (0-dim or like value): an op, to survive torch.compile.
-
-    On a CPU it raises. On a GPU a float value becomes NaN where it is not ok, unless
-    R2VPO_KERNELS_VALIDATE=1 asks for the error.
-    """
-    if _looks(value) and not ok.all():
-        got = str(shown.tolist())
-        if ok.dim():
-            at = int((~ok).reshape(-1).nonzero()[0])
-            got = f"{shown.reshape(-1)[at].item()} at {at}"
-        raise ValueError(f"{name}: got {got}, expected {expected}")
-    if not value.is_floating_point():
-        return value.clone()
-    return torch.where(ok, value, torch.nan)
-
-
-@check.register_fake
-def _(value, ok, shown, name, expected):
-    shape = (
-        torch.broadcast_shapes(value.shape, ok.shape) if value.is_floating_point() else value.shape
-    )
-    return value.new_empty(shape)
-
-
-def _empty_gradient(logits: Tensor) -> Tensor:
-    """An empty tensor like logits, with each row at the same place within 16 bytes.
-
-    The kernels read and write in whole 16-byte words, which only rows that lie alike allow. For
-    contiguous logits this is an ordinary contiguous tensor.
-    """
-    if logits.numel() == 0:
-        return logits.new_empty(logits.shape)
-    vector = VECTOR_BYTES // logits.element_size()
-    batch, length, vocabulary = logits.shape
-    token = vocabulary + (logits.stride(1) - vocabulary) % vector if length > 1 else vocabulary
-    row = length * token
-    row = row + (logits.stride(0) - row) % vector if batch > 1 else row
-    start = logits.storage_offset() % vector
-    size = start + (batch - 1) * row + (length - 1) * token + vocabulary
-    return logits.new_empty(size).as_strided(logits.shape, (row, token, 1), start)
-
-
-def empty_outputs(logits: Tensor, count: int, with_entropy: bool) -> tuple[Tensor, ...]:
-    """`count` per-token tensors, then one for the entropy, empty where it is not wanted."""
-    tokens = logits.shape[0] * logits.shape[1]
-    sizes = [tokens] * count + [tokens if with_entropy else 0]
-    return tuple(logits.new_empty(size, dtype=torch.float32) for size in sizes)
-
-
-# The ops. What is per token is (N,) float32, labels are int64 with -1 where a row is not to be read
-# and V where the label was bad. `entropy` is empty where it is not wanted. A name that ends in _
-# writes the gradient over the logits.
-
-FORWARD = "Tensor labels, Tensor temperature, bool with_entropy, str backend"
-BACKWARD = """Tensor labels, Tensor temperature, Tensor logps, Tensor top, Tensor log_total,
-    Tensor entropy, Tensor grad_logps, Tensor grad_entropy, bool with_entropy, str backend"""
-ONE_PASS = """Tensor labels, Tensor temperature, Tensor weight, Tensor? old_logps,
-    Tensor advantages, Tensor variance_coef, Tensor center, Tensor? ref_logps, Tensor kl_coef,
-    Tensor entropy_coef, Tensor log_ratio_clamp, str kl_estimator, bool with_entropy, str backend"""
-
-
-_NUMBERS = ("kl_coef", "entropy_coef", "log_ratio_clamp", "upstream")
-
-
-def _check_arguments(
-    backend: str, with_entropy: bool = False, kl_estimator: str = "k3", **tensors: Tensor | None
+def check_is(
+    name: str, value: Tensor, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]
 ) -> None:
-    """What the kernels take for granted. The entries see to it; an op can be called by anyone."""
-    (name, logits), *others = tensors.items()
-    assert logits is not None
+    came = (value.dtype, value.device, tuple(value.shape), value.is_contiguous())
+    if came != (dtype, device, shape, True):
+        got = f"a {'' if came[3] else 'strided '}{value.dtype} tensor of shape {came[2]}"
+        expected = f"a {dtype} tensor of shape {shape} on {device}"
+        raise ValueError(f"{name}: got {got} on {value.device}, expected {expected}")
+
+
+def check_logits(name: str, logits: Tensor, backend: str) -> None:
+    """What the row kernels take for granted."""
     whole = logits.dim() == 3 and logits.shape[2] > 0
     if not (whole and (logits.shape[2] == 1 or logits.stride(2) == 1)):
         got = f"shape {tuple(logits.shape)}, strides {logits.stride()}"
         raise ValueError(f"{name}: got {got}, expected (B, T, V) with a contiguous vocabulary")
     if logits.shape[2] >= 2**31:
         raise ValueError(f"{name}: got a vocabulary of {logits.shape[2]}, expected less than 2^31")
-    if backend not in KERNELS or why_not(backend, logits):
-        expected = f"one of {', '.join(KERNELS)} that takes them"
-        raise ValueError(f"backend: got {backend!r} for {logits.dtype} logits, expected {expected}")
+    check_backend(backend, logits)
+    check_alignment(name, logits, backend)
+
+
+def check_alignment(name: str, logits: Tensor, backend: str) -> None:
     if backend != "cpp" and logits.untyped_storage().data_ptr() % VECTOR_BYTES:
-        # `_empty_gradient` would not lie like it.
+        # `empty_gradient` would not lie like it.
         raise ValueError(
             f"{name}: got memory that does not begin at a 16-byte boundary, expected memory that "
             "does: clone them"
         )
-    if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator: got {kl_estimator!r}, expected one of {KL_ESTIMATORS}")
-    tokens = logits.shape[0] * logits.shape[1]
-    for name, value in tensors.items():
-        # Memory may have been given back under a tensor that lives on.
-        if value is not None and value.untyped_storage().nbytes() < _bytes_reached(value):
-            held = f"{value.untyped_storage().nbytes()} bytes of storage"
-            raise ValueError(f"{name}: got {held}, expected {_bytes_reached(value)} for its shape")
-    for name, value in others:
-        if value is None:
-            continue
-        shape: tuple[int, ...] = () if name in _NUMBERS else (tokens,)
-        if name in ("entropy", "grad_entropy") and not with_entropy:
-            shape = (0,)
-        dtype = torch.int64 if name == "labels" else torch.float32
-        wanted = (dtype, logits.device, shape, True)
-        came = (value.dtype, value.device, tuple(value.shape), value.is_contiguous())
-        if came != wanted:
-            raise ValueError(f"{name}: got {_described(*came)}, expected {_described(*wanted)}")
+
+
+def check_backend(backend: str, tensor: Tensor) -> None:
+    if backend not in registry.TABLE or registry.why_not(backend, tensor):
+        expected = f"one of {', '.join(registry.TABLE)} that takes them"
+        raise ValueError(f"backend: got {backend!r} for {tensor.dtype} input, expected {expected}")
+
+
+def _check_rows(logits: Tensor, call: Call) -> None:
+    check_logits("logits", logits, call.backend)
+    shape, rows = tuple(call.batch.shape), tuple(logits.shape[:2])
+    if shape != rows and not (rows[0] == 1 and shape == rows[1:]):
+        raise invalid("shape", shape, f"that of logits less V, {rows}")
+    if call.batch.labels is None or call.batch.labels.shape != call.batch.shape:
+        raise invalid("labels", call.batch.labels, f"integers of shape {shape}")
+    call.check(logits.device)
+
+
+def _check_overwritten(name: str, logits: Tensor) -> None:
+    if rows_overlap(logits):
+        expected = "rows of their own, for they are overwritten"
+        raise ValueError(f"{name}: got rows that share memory, expected {expected}")
 
 
 def rows_overlap(logits: Tensor) -> bool:
@@ -216,277 +296,426 @@ def rows_overlap(logits: Tensor) -> bool:
     return False
 
 
-def _bytes_reached(x):
-    """How far into its storage a tensor reaches."""
-    if x.numel() == 0:
-        return 0
-    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return (x.storage_offset() + last + 1) * x.element_size()
+def empty_gradient(logits: Tensor) -> Tensor:
+    """An empty tensor like logits, with each row at the same place within 16 bytes.
+
+    The kernels read and write in whole 16-byte words, which only rows that lie alike allow. For
+    contiguous logits this is an ordinary contiguous tensor.
+    """
+    if logits.is_contiguous() and logits.storage_offset() == 0:
+        return torch.empty_like(logits)
+    vector = VECTOR_BYTES // logits.element_size()
+    batch, length, vocabulary = logits.shape
+    token = vocabulary + (logits.stride(1) - vocabulary) % vector if length > 1 else vocabulary
+    row = length * token
+    row = row + (logits.stride(0) - row) % vector if batch > 1 else row
+    start = logits.storage_offset() % vector
+    if logits.numel() == 0:
+        return logits.new_empty(logits.shape)
+    size = start + (batch - 1) * row + (length - 1) * token + vocabulary
+    return logits.new_empty(size).as_strided(logits.shape, (row, token, 1), start)
 
 
-def _described(dtype, device, shape, contiguous):
-    return f"a {'' if contiguous else 'strided '}{dtype} tensor of shape {shape} on {device}"
+# What kernels do, in the order in which the ops below call them.
 
 
-def _op(name: str, schema: str, mutates_args: tuple[str, ...] = ()):
-    """Register a function of `schema`, which gets arguments that were checked."""
-    names = [argument.split()[-1] for argument in schema[1 : schema.index(") ->")].split(",")]
-
-    def register(function):
-        def checked(*arguments):
-            given = dict(zip(names, arguments, strict=True))
-            _check_arguments(**given)
-            for name in mutates_args:
-                if rows_overlap(given[name]):
-                    expected = "rows of their own, for they are overwritten"
-                    raise ValueError(f"{name}: got rows that share memory, expected {expected}")
-            return function(*arguments)
-
-        return torch.library.custom_op(
-            f"r2vpo_kernels::{name}",
-            checked,
-            mutates_args=mutates_args,
-            schema=" ".join(schema.split()),
-        )
-
-    return register
+def prepare(kernels: Any, call: Call, arguments: Prepare) -> Tokens:
+    """Run `prepare`; where the host may look, a bad value raises."""
+    kernels.prepare(arguments)
+    tokens = arguments.tokens
+    if may_synchronise(tokens.workspace):
+        faults = tokens.workspace[FAULTS : FAULTS + tokens.parts].view(torch.int32)
+        if any(faults.tolist()):
+            _raise_for_a_bad_value(call, tokens.workspace, arguments.vocabulary)
+    return tokens
 
 
-@_op("logps_forward", f"(Tensor logits, {FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)")
-def logps_forward(logits, labels, temperature, with_entropy, backend):
-    """(logps, top, log2 total, entropy): Eq. 14, of which the backward needs the middle two."""
-    outputs = empty_outputs(logits, 3, with_entropy)
-    KERNELS[backend].logps_forward(logits, labels, temperature, *outputs, with_entropy)
-    return outputs
+def _raise_for_a_bad_value(call: Call, like: Tensor, vocabulary: int) -> None:
+    """The reference says what was wrong."""
+    batch, objective = call.batch, call.objective
+    if call.number_vector is not None:
+        flat = list(Call(batch, objective, False, "").flat(like))
+        flat[-4:-2] = call.number_vector.tolist(), None
+        call = Call.of(tuple(flat))
+    reference.Tokens.of(call.batch, call.objective, like, vocabulary)
+    raise AssertionError("a kernel met a bad value that the reference accepts")
 
 
-@logps_forward.register_fake
-def _(logits, labels, temperature, with_entropy, backend):
-    return empty_outputs(logits, 3, with_entropy)
+def empty_entropy(logps: Tensor, with_entropy: bool) -> Tensor:
+    """Empty where it is not wanted."""
+    return torch.empty_like(logps) if with_entropy else logps.new_empty(0)
 
 
-@_op("logps_backward", f"(Tensor logits, {BACKWARD}) -> Tensor")
-def logps_backward(logits, *rest):
-    dlogits = _empty_gradient(logits)
-    *tensors, backend = rest
-    KERNELS[backend].logps_backward(logits, dlogits, *tensors)
+def empty_results(logps: Tensor, groups: int, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, stats, metrics), to be written by `finish`."""
+    loss = torch.empty_like(logps) if per_token else logps.new_empty(())
+    return loss, logps.new_empty(3, groups), logps.new_empty(len(METRICS))
+
+
+def finish_tokens(
+    kernels: Any,
+    tokens: Tokens,
+    logps: Tensor,
+    entropy: Tensor | None,
+    empirical_center: bool,
+    per_token: bool,
+    slopes: Tensor | None = None,
+    upstream: Column = NOTHING,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, stats, metrics); with `slopes` (2, N) also dL/dlogp and dL/dH."""
+    means = None
+    if empirical_center:
+        means = logps.new_empty(2, tokens.groups)
+        kernels.means(tokens, logps, upstream, means)
+    loss, stats, metrics = empty_results(logps, tokens.groups, per_token)
+    flat_loss = loss.view(-1) if per_token else loss
+    dlogps, dentropy = (None, None) if slopes is None else slopes.unbind()
+    kernels.finish(
+        tokens, logps, entropy, upstream, means, flat_loss, stats, metrics, dlogps, dentropy
+    )
+    return loss, stats, metrics
+
+
+# The ops. What is per token has the shape of labels. `entropy` is empty where it is not wanted. A
+# name that ends in _ writes the gradient over the logits.
+
+
+def _outputs(like: Tensor, shape: Any, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    logps = like.new_empty(shape, dtype=torch.float32)
+    return logps, empty_entropy(logps, with_entropy)
+
+
+def _check_forward(logits: Tensor, layout: Tensor | None, *flat: Any) -> None:
+    _check_rows(logits, Call.of(flat))
+    check_layout(layout)
+
+
+def check_layout(layout: Tensor | None) -> None:
+    if layout is None:
+        return
+    on_host = layout.device.type == "cpu" and layout.dtype == torch.int64
+    if not (on_host and layout.dim() == 1 and layout.shape[0] >= 3):
+        raise invalid("layout", layout, "what shard_layout returned: int64 on the CPU")
+
+
+def arguments_of(call: Call, device: torch.device, words: int, layout: Tensor | None) -> Prepare:
+    """What `prepare` takes, for logits of `words` words: all, or those of a shard."""
+    numbers = tuple(call.numbers()) if call.number_vector is None else call.number_vector
+    arguments = Prepare.of(call.batch, call.objective, numbers, device, call.backend)
+    arguments.vocabulary = arguments.words = words
+    if layout is not None:
+        # Labels are checked where the shards meet.
+        arguments.first_word, arguments.vocabulary = int(layout[0]), UNKNOWN_VOCABULARY
+    return arguments
+
+
+def fake_forward(like: Tensor, flat: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    batch = call.batch
+    logps, entropy = _outputs(like, batch.shape, call.with_entropy)
+    workspace = logps.new_empty(workspace_size(batch.tokens, units_of(batch)[0]))
+    return workspace, logps, torch.empty_like(logps), torch.empty_like(logps), entropy
+
+
+@register(
+    "logps_forward",
+    f"(Tensor logits, Tensor? layout, {CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda logits, layout, *flat: fake_forward(logits, flat),
+    check=_check_forward,
+)
+def logps_forward(logits: Tensor, layout: Tensor | None, *flat: Any) -> Any:
+    """(workspace, logps, top, log2 total, entropy): Eq. 14; `layout` is that of a shard."""
+    call = Call.of(flat)
+    kernels = registry.load(call.backend)
+    arguments = arguments_of(call, logits.device, logits.shape[2], layout)
+    tokens = prepare(kernels, call, arguments)
+    logps, entropy = _outputs(logits, call.batch.shape, call.with_entropy)
+    top, log_total = torch.empty_like(logps), torch.empty_like(logps)
+    wanted = entropy if call.with_entropy else None
+    kernels.logps_forward(logits, tokens, None, 0, logps, top, log_total, wanted)
+    return tokens.workspace, logps, top, log_total, entropy
+
+
+# What backward takes of forward: `saved`.
+SAVED = "Tensor workspace, Tensor logps, Tensor top, Tensor log_total, Tensor entropy"
+# `upstream` multiplies both gradients, if it is given.
+BACKWARD = f"""{SAVED}, Tensor grad_logps, Tensor grad_entropy, Tensor? upstream,
+    bool with_entropy, str backend"""
+
+
+def check_saved(tokens: int, device: torch.device, with_entropy: bool, **tensors: Tensor) -> None:
+    """Of tensors of SAVED, and of gradients like them."""
+    for name, value in tensors.items():
+        if name == "workspace":
+            units = units_in(value, tokens)
+            if units < 0 or value.numel() != workspace_size(tokens, units):
+                raise invalid(name, value, f"what a forward of {tokens} tokens wrote")
+            check_is(name, value, torch.float32, device, (value.numel(),))
+            continue
+        numbers = tokens if with_entropy or "entropy" not in name else 0
+        if value.numel() != numbers:
+            raise invalid(name, value, f"{numbers} numbers")
+        check_is(name, value, torch.float32, device, tuple(value.shape))
+
+
+def _check_logps_backward(
+    logits: Tensor, workspace: Tensor, logps: Tensor, top: Tensor, log_total: Tensor,
+    entropy: Tensor, grad_logps: Tensor, grad_entropy: Tensor, upstream: Tensor | None,
+    with_entropy: bool, backend: str,
+) -> None:  # fmt: skip
+    check_logits("logits", logits, backend)
+    check_saved(
+        logits.shape[0] * logits.shape[1], logits.device, with_entropy, workspace=workspace,
+        logps=logps, top=top, log_total=log_total, entropy=entropy, grad_logps=grad_logps,
+        grad_entropy=grad_entropy,
+    )  # fmt: skip
+    if upstream is not None:
+        check_is("upstream", upstream, torch.float32, logits.device, ())
+
+
+def row_tokens(workspace: Tensor, tokens: int) -> Tokens:
+    """As much of a workspace as the row kernels read."""
+    return Tokens(workspace, tokens, 0, 0, 0, False, False, None)
+
+
+def _run_logps_backward(
+    logits: Tensor, dlogits: Tensor, workspace: Tensor, logps: Tensor, top: Tensor,
+    log_total: Tensor, entropy: Tensor, grad_logps: Tensor, grad_entropy: Tensor,
+    upstream: Tensor | None, with_entropy: bool, backend: str,
+) -> None:  # fmt: skip
+    optional = (entropy, grad_entropy) if with_entropy else (None, None)
+    registry.load(backend).logps_backward(
+        logits, dlogits, row_tokens(workspace, logps.numel()), None, 0, logps, top, log_total,
+        optional[0], grad_logps, optional[1], upstream,
+    )  # fmt: skip
+
+
+@register(
+    "logps_backward",
+    f"(Tensor logits, {BACKWARD}) -> Tensor",
+    fake=lambda logits, *rest: empty_gradient(logits),
+    check=_check_logps_backward,
+)
+def logps_backward(logits: Tensor, *rest: Any) -> Tensor:
+    """dL/dlogits (Eq. 8)."""
+    dlogits = empty_gradient(logits)
+    _run_logps_backward(logits, dlogits, *rest)
     return dlogits
 
 
-@logps_backward.register_fake
-def _(logits, *rest):
-    return _empty_gradient(logits)
+def _check_logps_backward_(logits: Tensor, *rest: Any) -> None:
+    _check_logps_backward(logits, *rest)
+    _check_overwritten("logits", logits)
 
 
-@_op("logps_backward_", f"(Tensor(a!) logits, {BACKWARD}) -> ()", ("logits",))
-def logps_backward_(logits, *rest):
-    *tensors, backend = rest
-    KERNELS[backend].logps_backward(logits, logits, *tensors)
+@register(
+    "logps_backward_",
+    f"(Tensor(a!) logits, {BACKWARD}) -> ()",
+    fake=lambda logits, *rest: None,
+    check=_check_logps_backward_,
+)
+def logps_backward_(logits: Tensor, *rest: Any) -> None:
+    _run_logps_backward(logits, logits, *rest)
 
 
-@_op("one_pass", f"(Tensor logits, {ONE_PASS}) -> (Tensor, Tensor, Tensor)")
-def one_pass_op(logits, *rest):
-    """(logps, entropy, dL/dlogits for an upstream gradient of 1)."""
-    *tensors, with_entropy, backend = rest
-    outputs = empty_outputs(logits, 1, with_entropy)
-    dlogits = _empty_gradient(logits)
-    KERNELS[backend].one_pass(logits, dlogits, *tensors, *outputs, with_entropy)
-    return *outputs, dlogits
+def _fake_one_pass_(logits: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    logps, entropy = _outputs(logits, call.batch.shape, call.with_entropy)
+    return *empty_results(logps, call.batch.num_groups, False), logps, entropy
 
 
-@one_pass_op.register_fake
-def _(logits, *rest):
-    return *empty_outputs(logits, 1, rest[-2]), _empty_gradient(logits)
+def _run_one_pass(logits: Tensor, dlogits: Tensor, flat: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    kernels = registry.load(call.backend)
+    tokens = prepare(kernels, call, arguments_of(call, logits.device, logits.shape[2], None))
+    logps, entropy = _outputs(logits, call.batch.shape, call.with_entropy)
+    wanted = entropy if call.with_entropy else None
+    kernels.one_pass(logits, dlogits, tokens, None, 0, logps, wanted)
+    return *finish_tokens(kernels, tokens, logps, wanted, False, False), logps, entropy
 
 
-@_op("one_pass_", f"(Tensor(a!) logits, {ONE_PASS}) -> (Tensor, Tensor)", ("logits",))
-def one_pass_op_(logits, *rest):
-    *tensors, with_entropy, backend = rest
-    outputs = empty_outputs(logits, 1, with_entropy)
-    KERNELS[backend].one_pass(logits, logits, *tensors, *outputs, with_entropy)
-    return outputs
+@register(
+    "one_pass",
+    f"(Tensor logits, {CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda logits, *flat: (*_fake_one_pass_(logits, *flat), empty_gradient(logits)),
+    check=lambda logits, *flat: _check_one_pass(logits, Call.of(flat)),
+)
+def one_pass(logits: Tensor, *flat: Any) -> Any:
+    """(loss, stats, metrics, logps, entropy, dL/dlogits for an upstream gradient of 1)."""
+    dlogits = empty_gradient(logits)
+    return *_run_one_pass(logits, dlogits, flat), dlogits
 
 
-@one_pass_op_.register_fake
-def _(logits, *rest):
-    return empty_outputs(logits, 1, rest[-2])
+def _check_one_pass(logits: Tensor, call: Call) -> None:
+    _check_rows(logits, call)
+    if not call.objective.separable or call.per_token or call.objective.advantages is None:
+        raise invalid("ratio_level", call.objective.ratio_level, "a sum of terms of one token each")
 
 
-@_op("scale_", "(Tensor(a!) dlogits, Tensor upstream, str backend) -> ()", ("dlogits",))
-def scale_(dlogits, upstream, backend):
-    KERNELS[backend].scale(dlogits, upstream)
+def _check_one_pass_(logits: Tensor, *flat: Any) -> None:
+    _check_one_pass(logits, Call.of(flat))
+    _check_overwritten("logits", logits)
 
 
-# The autograd Functions.
+@register(
+    "one_pass_",
+    f"(Tensor(a!) logits, {CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_one_pass_,
+    check=_check_one_pass_,
+)
+def one_pass_(logits: Tensor, *flat: Any) -> Any:
+    return _run_one_pass(logits, logits, flat)
 
 
-def _graph_is_kept() -> bool:
-    """Whether this backward may run again, so that what was saved must stay as it is."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+def _check_scale(dlogits: Tensor, upstream: Tensor, backend: str) -> None:
+    check_logits("dlogits", dlogits, backend)
+    check_is("upstream", upstream, torch.float32, dlogits.device, ())
+    _check_overwritten("dlogits", dlogits)
 
 
-def refuse_double_backward(what: str = "the kernels have", needed: str = "backend='eager'") -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"r2vpo_kernels: {what} no second derivative; create_graph=True needs {needed}"
-        )
+@register(
+    "scale_",
+    "(Tensor(a!) dlogits, Tensor upstream, str backend) -> ()",
+    fake=lambda dlogits, upstream, backend: None,
+    check=_check_scale,
+)
+def scale_(dlogits: Tensor, upstream: Tensor, backend: str) -> None:
+    """Times the 0-dim upstream; 1 reads and writes nothing."""
+    registry.load(backend).scale(dlogits, upstream)
 
 
-def hand_over(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """What forward found for an upstream gradient of 1, scaled; (B, T, V) like logits."""
-    if _graph_is_kept():
-        gradient = gradient.clone()
-    scale_(gradient, upstream, backend)
-    return gradient
+def _check_prepare(logps: Tensor, entropy: Tensor | None, *flat: Any) -> None:
+    call = Call.of(flat)
+    check_backend(call.backend, logps)
+    if tuple(logps.shape) != tuple(call.batch.shape):
+        raise invalid("logps", logps, f"shape {tuple(call.batch.shape)}")
+    if call.batch.labels is not None:
+        raise invalid("labels", call.batch.labels, "None where log-probs are given")
+    if entropy is not None:
+        check_float("entropy", entropy)
+        if entropy.shape != logps.shape:
+            raise invalid("entropy", entropy, f"shape {tuple(logps.shape)}, that of logps")
+    call.check(logps.device)
 
 
-def sharded_logps_forward(forward, shard, labels, temperature, *options):
-    """What `forward` finds in these logits; of a shard, what all shards find together.
-
-    Returns what a backward takes: (labels, temperature, logps, top, log2 total, entropy).
-    """
-    if shard is None:
-        return labels, temperature, *forward(labels, temperature, *options)
-    local = shard.local(labels)
-    parts = forward(local, temperature, *options)
-    return local, temperature, *shard.combine(labels, temperature, *parts)
+def _fake_prepare(logps: Tensor, entropy: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
+    workspace, logps, *_, entropy = fake_forward(logps, flat)
+    return workspace, logps, entropy
 
 
-class _TokenLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, labels, temperature, with_entropy, inplace, backend, shard):
-        forward = functools.partial(logps_forward, logits)
-        options = with_entropy, backend
-        saved = sharded_logps_forward(forward, shard, labels, temperature, *options)
-        ctx.save_for_backward(logits, *saved)
-        ctx.with_entropy, ctx.inplace, ctx.backend = with_entropy, inplace, backend
-        *_, logps, _, _, entropy = saved
-        return logps, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logps, grad_entropy):
-        refuse_double_backward()
-        logits, *saved = ctx.saved_tensors
-        # An upstream gradient may be expanded or strided.
-        upstream = grad_logps.contiguous(), grad_entropy.contiguous()
-        arguments = (*saved, *upstream, ctx.with_entropy, ctx.backend)
-        if ctx.inplace and not _graph_is_kept():
-            dlogits = logits.detach()
-            logps_backward_(dlogits, *arguments)
-        else:
-            dlogits = logps_backward(logits, *arguments)
-        return dlogits, *[None] * 6
+@register(
+    "prepare",
+    f"(Tensor logps, Tensor? entropy, {CALL}) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_prepare,
+    check=_check_prepare,
+)
+def prepare_logps(logps: Tensor, entropy: Tensor | None, *flat: Any) -> Any:
+    """(workspace, logps, entropy) of given log-probs: float32, 0 where masked."""
+    call = Call.of(flat)
+    arguments = arguments_of(call, logps.device, 1, None)
+    out, entropy_out = _outputs(logps, call.batch.shape, call.with_entropy)
+    arguments.logps, arguments.logps_out = column_of(logps, call.batch.shape, logps.device), out
+    if entropy is not None:
+        arguments.entropy = column_of(entropy, call.batch.shape, logps.device)
+        arguments.entropy_out = entropy_out
+    tokens = prepare(registry.load(call.backend), call, arguments)
+    return tokens.workspace, out, entropy_out
 
 
-class _OnePass(torch.autograd.Function):
-    """The kernel finds the gradient in forward; a zero carries it to whatever it is added to.
-
-    It runs in here because autograd has noted by now where `logits` come from: mutated before, a
-    view would be reached by as_strided, whose backward makes two more of it.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, inplace, *arguments):
-        values = logits.detach()
-        if inplace:
-            logps, entropy = one_pass_op_(values, *arguments)
-            dlogits = values
-        else:
-            logps, entropy, dlogits = one_pass_op(values, *arguments)
-        ctx.save_for_backward(dlogits)
-        ctx.backend, ctx.others = arguments[-1], 1 + len(arguments)
-        ctx.mark_non_differentiable(logps, entropy)
-        ctx.set_materialize_grads(False)
-        return logps.new_zeros(()), logps, entropy
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        refuse_double_backward()
-        (dlogits,) = ctx.saved_tensors
-        return hand_over(dlogits, upstream, ctx.backend), *[None] * ctx.others
+FINISH = """SymInt groups, bool on_policy, bool sequence_level, str? kl,
+    bool empirical_center, bool per_token, bool with_entropy, bool with_slopes, str backend"""
 
 
-def takes_one_pass(
-    dtype: torch.dtype, backend: str, shard: VocabularyShard | None, *inputs: Tensor | None
-) -> bool:
-    """Whether the one-pass kernel serves logits of this dtype, made of these inputs.
-
-    Not float16: its gradients would underflow before a loss scale reaches them. Not a shard: its
-    coefficients wait for the other ranks.
-    """
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return wanted and backend != "eager" and dtype != torch.float16 and shard is None
-
-
-def one_pass_arguments(batch: Batch, objective: Objective) -> tuple[Tensor | str | None, ...]:
-    """What the one-pass ops take between the logits and with_entropy."""
+def finish_options(call: Call) -> tuple[Any, ...]:
+    """In the order of FINISH, less groups, with_slopes and backend."""
+    objective = call.objective
     return (
-        batch.labels,
-        objective.temperature,
-        batch.weight,
-        objective.old_logps,
-        objective.advantages,
-        objective.variance_coef,
-        objective.center,
-        objective.ref_logps,
-        objective.kl_coef,
-        objective.entropy_coef,
-        objective.log_ratio_clamp,
-        objective.kl_estimator,
+        objective.old_logps is None,
+        objective.ratio_level == "sequence",
+        None if objective.ref_logps is None else objective.kl_estimator,
+        objective.empirical_center,
+        call.per_token,
+        call.with_entropy,
     )
 
 
-@dataclass(frozen=True)
-class Logits:
-    """Logits (B, T, V) that are there as a whole, or this rank's shard of them."""
+def _empty_slopes(logps: Tensor, wanted: bool) -> Tensor:
+    return logps.new_empty((2, logps.numel()) if wanted else 0)
 
-    logits: Tensor
-    inplace: bool
-    backend: str
-    shard: VocabularyShard | None = None
 
-    @property
-    def vocabulary(self) -> int:
-        """Of the shard, if it is one."""
-        return self.logits.shape[-1]
+def _fake_finish(
+    workspace: Tensor, logps: Tensor, entropy: Tensor, upstream: Tensor | None, groups: int,
+    on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
+    per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return *empty_results(logps, groups, per_token), _empty_slopes(logps, with_slopes)
 
-    @property
-    def like(self) -> Tensor:
-        """What has the dtype and the device of the rest."""
-        return self.logits
 
-    @property
-    def kind(self) -> str:
-        """What has to be alike where shards meet."""
-        return f"{self.logits.dtype}, {self.backend}"
+def _check_finish(
+    workspace: Tensor, logps: Tensor, entropy: Tensor, upstream: Tensor | None, groups: int,
+    on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
+    per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
+) -> None:  # fmt: skip
+    check_is("logps", logps, torch.float32, logps.device, tuple(logps.shape))
+    check_backend(backend, logps)
+    check_saved(logps.numel(), logps.device, with_entropy, workspace=workspace)
+    shape = tuple(logps.shape) if with_entropy else (0,)
+    check_is("entropy", entropy, torch.float32, logps.device, shape)
+    if kl is not None and kl not in KL_ESTIMATORS:
+        raise ValueError(f"kl: got {kl!r}, expected one of {KL_ESTIMATORS}, or None")
+    if groups < 1:
+        raise invalid("groups", groups, "a whole number of at least 1")
+    if upstream is None:
+        return
+    if upstream.shape != logps.shape or upstream.dtype != torch.float32:
+        raise invalid("upstream", upstream, f"float32, shape {tuple(logps.shape)}, that of logps")
+    check_device("upstream", upstream, logps.device)
 
-    @property
-    def takes_one_pass(self) -> bool:
-        return takes_one_pass(self.logits.dtype, self.backend, self.shard, self.logits)
 
-    def token_logps(
-        self, labels: Tensor, temperature: Tensor, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Eq. 1 and Eq. 3, differentiable: (logps, entropy or None), each (N,)."""
-        if self.backend == "eager":
-            logits = self.logits
-            if self.shard is not None:
-                logits, labels = self.shard.gather(logits, -1), self.shard.checked(labels)
-            return reference.token_logps(logits, labels, temperature, with_entropy)
-        logps, entropy = _TokenLogps.apply(
-            self.logits, labels, temperature, with_entropy, self.inplace, self.backend, self.shard
-        )
-        return logps, entropy if with_entropy else None
+@register(
+    "finish",
+    f"(Tensor workspace, Tensor logps, Tensor entropy, Tensor? upstream, {FINISH})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_finish,
+    check=_check_finish,
+)
+def finish(
+    workspace: Tensor, logps: Tensor, entropy: Tensor, upstream: Tensor | None, groups: int,
+    on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
+    per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
+) -> Any:  # fmt: skip
+    """(loss, stats, metrics, slopes): from log-probs to Eq. 5, 10, and (2, N) dL/dlogp, dL/dH.
 
-    def one_pass(
-        self, batch: Batch, objective: Objective, with_entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(a zero that carries dL/dlogits, logps, entropy or None); only it is differentiable."""
-        inplace = self.inplace and not torch.compiler.is_compiling()
-        arguments = one_pass_arguments(batch, objective)
-        carrier, logps, entropy = _OnePass.apply(
-            self.logits, inplace, *arguments, with_entropy, self.backend
-        )
-        return carrier, logps, entropy if with_entropy else None
+    `upstream`, like logps, is each token's, with reduction "none".
+    """
+    units = units_in(workspace, logps.numel())
+    parts = parts_of(units, backend)
+    tokens = Tokens(workspace, logps.numel(), units, groups, parts, on_policy, sequence_level, kl)
+    slopes = _empty_slopes(logps, with_slopes)
+    results = finish_tokens(
+        registry.load(backend), tokens, logps, entropy if with_entropy else None,
+        empirical_center, per_token, slopes if with_slopes else None,
+        column_of(upstream, logps.shape, logps.device),
+    )  # fmt: skip
+    return *results, slopes
+
+
+DUAL_STEP = """(Tensor(a!) coef, Tensor weight, Tensor d_sum, Tensor d_sq_sum, bool about_means,
+    float target, float lr, float min_coef, float max_coef, str backend) -> ()"""
+
+
+def _check_dual_step(
+    coef: Tensor, weight: Tensor, d_sum: Tensor, d_sq_sum: Tensor, about_means: bool,
+    target: float, lr: float, min_coef: float, max_coef: float, backend: str,
+) -> None:  # fmt: skip
+    check_backend(backend, coef)
+    check_is("coef", coef, torch.float32, coef.device, ())
+    for name, value in (("weight", weight), ("d_sum", d_sum), ("d_sq_sum", d_sq_sum)):
+        check_is(name, value, torch.float32, coef.device, (weight.numel(),))
+
+
+@register("dual_step", DUAL_STEP, fake=lambda *arguments: None, check=_check_dual_step)
+def dual_step(coef: Tensor, *arguments: Any) -> None:
+    """Move the dual's coefficient once, in place (Eq. 16)."""
+    *others, backend = arguments
+    registry.load(backend).dual_step(coef, *others)

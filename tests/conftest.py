@@ -12,16 +12,16 @@ if DEVICE_NAME == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
     # The test of the CUDA kernels' source on a machine without a GPU.
-    from emulator.build import emulate_cuda
+    from support.emulator.build import emulate_cuda
 
     emulate_cuda()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
-from small_steps import walk_in_small_steps  # noqa: E402
+from support.small_steps import walk_in_small_steps  # noqa: E402
 
-from r2vpo_kernels import ops  # noqa: E402
+from r2vpo_kernels.backends import registry  # noqa: E402
 
 # The trainers are installed for one Python (requirements-dev.txt).
 TRAINERS = ["test_adapters.py", "test_trl.py", "test_verl.py"]
@@ -53,7 +53,7 @@ def _poison():
     assert torch.zeros(1).new_empty(3).isnan().all()
 
 
-KERNELS = [name for name in ops.KERNELS if name != "cpp" or DEVICE_NAME == "cpu"]
+KERNELS = [name for name in registry.available() if name != "cpp" or DEVICE_NAME == "cpu"]
 
 
 @pytest.fixture(scope="session", params=["eager", *KERNELS])
@@ -76,15 +76,15 @@ def pytest_collection_finish(session):
     """The ahead-of-time gate compiles in the background, and comes last."""
     gate = [item for item in session.items if item.path.name == "test_aot.py"]
     if gate and not session.config.option.collectonly:
-        from test_aot import start_compiling
+        from support.aot import start_compiling
 
         start_compiling()
         session.items[:] = [item for item in session.items if item not in gate] + gate
 
 
 def pytest_terminal_summary(terminalreporter):
-    from harness import USED
-    from test_aot import REPORTS, name
+    from support.aot import REPORTS, name
+    from support.harness import USED
 
     for target, kernels in REPORTS.items():
         terminalreporter.section(f"{target}: registers and spills")

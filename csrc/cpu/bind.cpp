@@ -4,6 +4,12 @@
 #include "cpu.h"
 #include "huge_pages.h"
 
+namespace r2vpo {
+
+inline void take(Arguments& a, CpuTarget& to) { to = {a}; }
+
+}  // namespace r2vpo
+
 namespace {
 
 using namespace r2vpo;
@@ -28,10 +34,10 @@ py::dict instruction_sets() {
 }  // namespace
 
 PYBIND11_MODULE(_cpp, m) {
-  bind_kernels<CpuRows, CpuKernels, int>(m).def(
-      "exp2", [](const CpuKernels& kernels, Address in, Address out, std::int64_t count) {
-        kernels.exp2(in, out, count);
-      });
+  bind_kernels<CpuKernels>(m).def("exp2", [](const CpuKernels& kernels, std::uintptr_t in,
+                                             std::uintptr_t out, std::int64_t count) {
+    kernels.exp2(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), count);
+  });
   m.def("instruction_sets", &instruction_sets);
   m.def("advise_huge_pages", &advise_huge_pages);
 }

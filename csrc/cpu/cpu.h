@@ -5,11 +5,11 @@
 
 namespace r2vpo {
 
-struct CpuRows : Rows {
+struct CpuTarget {
   int threads;
 };
 
-struct CpuKernels : Kernels<CpuRows> {
+struct CpuKernels : Kernels<CpuTarget> {
   void (*exp2)(const float* in, float* out, std::int64_t count);  // for its test
 };
 
@@ -18,5 +18,13 @@ extern const CpuKernels kernels_baseline;
 extern const CpuKernels kernels_avx2;
 extern const CpuKernels kernels_avx512;
 #endif
+
+// Of tokens, which are few: the same for all instruction sets.
+void prepare(const CpuTarget&, const Prepare&);
+void means(const CpuTarget&, const Means&);
+void finish(const CpuTarget&, const Finish&);
+void shard_parts(const CpuTarget&, const ShardParts&);
+void shard_combine(const CpuTarget&, const ShardCombine&);
+void dual_step(const CpuTarget&, const DualStep&);
 
 }  // namespace r2vpo

@@ -1,4 +1,5 @@
-// The kernels on a CPU. Compiled once per instruction set, with R2VPO_KERNELS naming its table.
+// The kernels over logits on a CPU. Compiled once per instruction set; R2VPO_KERNELS names its
+// table.
 
 #include <algorithm>
 #include <cmath>
@@ -63,7 +64,11 @@ inline Floats bounded(Floats x) { return larger(broadcast(kLowestExponent), x); 
 template <bool kEntropy, typename T>
 Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, float temperature) {
   const float scale = kLog2E / temperature;
-  float top = kLowest;  // finite: a block of -inf meets no inf - inf
+  // Of the first block the largest is found beforehand: rows of one block are summed once. It is
+  // finite at least: a block of -inf meets no inf - inf.
+  Floats first_high = broadcast(kLowest);
+  read(row, 0, std::min(kBlock, vocabulary), [&](Floats z) { first_high = larger(z, first_high); });
+  float top = largest(first_high);
   Doubles s = {}, r = {};
   for (std::int64_t begin = 0; begin < vocabulary; begin += kBlock) {
     const std::int64_t end = std::min(begin + kBlock, vocabulary);
@@ -119,24 +124,24 @@ void second_look(const T* row, T* grad_row, std::int64_t vocabulary, std::int64_
 }
 
 template <typename T, typename Body>
-void for_each_row(const CpuRows& rows, Body body) {
+void for_each_row(const CpuTarget& target, const Rows& rows, Body body) {
   const T* logits = static_cast<const T*>(rows.logits);
   T* dlogits = static_cast<T*>(rows.dlogits);
-  const std::int64_t tokens = rows.batch * rows.length;
-  if (tokens == 0) return;
-  const int threads = static_cast<int>(std::min<std::int64_t>(rows.threads, tokens));
-  const std::int64_t bytes = rows.vocabulary * sizeof(T), even = tokens / (4 * threads);
+  const std::int64_t count = rows.batch * rows.length;
+  if (count == 0) return;
+  const int threads = static_cast<int>(std::min<std::int64_t>(target.threads, count));
+  const std::int64_t bytes = rows.vocabulary * sizeof(T), even = count / (4 * threads);
   const std::int64_t share = std::max(kLeast / bytes, std::min(kMost / bytes, even)) + 1;
   // Which thread takes a row changes nothing in it.
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] FlushToZero flush;
 #pragma omp for schedule(dynamic, share)
-    for (std::int64_t token = 0; token < tokens; ++token) {
-      const std::int64_t b = token / rows.length, t = token % rows.length;
+    for (std::int64_t r = 0; r < count; ++r) {
+      const std::int64_t b = r / rows.length, t = r % rows.length;
       const T* row = logits + b * rows.stride_batch + t * rows.stride_token;
       T* grad_row = dlogits + b * rows.grad_stride_batch + t * rows.grad_stride_token;
-      body(token, row, grad_row);
+      body(r, row, grad_row);
     }
   }
 }
@@ -147,11 +152,12 @@ void zero(T* row, std::int64_t vocabulary) {
 }
 
 template <bool kEntropy, typename T>
-void logps_forward_of(const CpuRows& rows, const LogpsForward& a) {
-  for_each_row<T>(rows, [&](std::int64_t i, const T* row, T*) {
+void logps_forward_of(const CpuTarget& target, const Rows& rows, const LogpsForward& a) {
+  for_each_row<T>(target, rows, [&](std::int64_t r, const T* row, T*) {
+    const std::int64_t i = a.token(r), label = a.tokens.label(i);
     Look look = {};
-    if (a.labels[i] >= 0) {
-      look = first_look<kEntropy>(row, rows.vocabulary, a.labels[i], a.temperature[i]);
+    if (label >= 0) {
+      look = first_look<kEntropy>(row, rows.vocabulary, label, a.tokens.temperature(i));
     }
     a.logps[i] = look.logp;
     a.top[i] = look.top;
@@ -161,27 +167,34 @@ void logps_forward_of(const CpuRows& rows, const LogpsForward& a) {
 }
 
 template <bool kEntropy, typename T>
-void logps_backward_of(const CpuRows& rows, const LogpsBackward& a) {
-  for_each_row<T>(rows, [&](std::int64_t i, const T* row, T* grad_row) {
-    if (a.labels[i] < 0) return zero(grad_row, rows.vocabulary);
+void logps_backward_of(const CpuTarget& target, const Rows& rows, const LogpsBackward& a) {
+  const float upstream = a.upstream ? *a.upstream : 1.0f;
+  for_each_row<T>(target, rows, [&](std::int64_t r, const T* row, T* grad_row) {
+    const std::int64_t i = a.token(r), label = a.tokens.label(i);
+    if (label < 0) return zero(grad_row, rows.vocabulary);
     const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
-    second_look<kEntropy>(row, grad_row, rows.vocabulary, a.labels[i], a.temperature[i], look,
-                          a.grad_logps[i], kEntropy ? a.grad_entropy[i] : 0.0f);
+    second_look<kEntropy>(row, grad_row, rows.vocabulary, label, a.tokens.temperature(i), look,
+                          a.grad_logps[i] * upstream,
+                          kEntropy ? a.grad_entropy[i] * upstream : 0.0f);
   });
 }
 
 template <bool kEntropy, typename T>
-void one_pass_of(const CpuRows& rows, const OnePass& a) {
-  for_each_row<T>(rows, [&](std::int64_t i, const T* row, T* grad_row) {
+void one_pass_of(const CpuTarget& target, const Rows& rows, const OnePass& a) {
+  const Objective objective = a.tokens.objective();
+  const float denominator = a.tokens.denominator();
+  for_each_row<T>(target, rows, [&](std::int64_t r, const T* row, T* grad_row) {
+    const std::int64_t i = a.token(r), label = a.tokens.label(i);
     Look look = {};
-    if (a.labels[i] < 0) {
+    if (label < 0) {
       zero(grad_row, rows.vocabulary);
     } else {
-      look = first_look<kEntropy>(row, rows.vocabulary, a.labels[i], a.temperature[i]);
-      const Token token = token_of(a, i, look.logp);
-      second_look<kEntropy>(row, grad_row, rows.vocabulary, a.labels[i], a.temperature[i], look,
-                            loss_slope(look.logp, token),
-                            kEntropy ? -token.weight * *a.entropy_coef : 0.0f);
+      const Token token = a.tokens.token(i, denominator);
+      const float temperature = a.tokens.temperature(i);
+      look = first_look<kEntropy>(row, rows.vocabulary, label, temperature);
+      second_look<kEntropy>(row, grad_row, rows.vocabulary, label, temperature, look,
+                            loss_slope(objective, token, look.logp),
+                            kEntropy ? entropy_slope(objective, token.weight) : 0.0f);
     }
     a.logps[i] = look.logp;
     if (kEntropy) a.entropy[i] = look.entropy;
@@ -189,10 +202,10 @@ void one_pass_of(const CpuRows& rows, const OnePass& a) {
 }
 
 template <typename T>
-void scale_of(const CpuRows& rows, const Scale& a) {
+void scale_of(const CpuTarget& target, const Rows& rows, const Scale& a) {
   const float factor = *a.upstream;
   if (factor == 1.0f) return;
-  for_each_row<T>(rows, [&](std::int64_t, const T* row, T* grad_row) {
+  for_each_row<T>(target, rows, [&](std::int64_t, const T* row, T* grad_row) {
     transform(row, grad_row, rows.vocabulary, [&](Floats dz) { return dz * factor; });
   });
 }
@@ -201,35 +214,37 @@ void scale_of(const CpuRows& rows, const Scale& a) {
 template <typename Body>
 void with_type(Dtype dtype, Body body) {
   switch (dtype) {
-    case Dtype::float32: return body(Float32{});
     case Dtype::bfloat16: return body(BFloat16{});
     case Dtype::float16: return body(Float16{});
+    default: return body(Float32{});
   }
 }
 
-void logps_forward(const CpuRows& rows, const LogpsForward& a) {
+void logps_forward(const CpuTarget& target, const Rows& rows, const LogpsForward& a) {
   with_type(rows.dtype, [&](auto z) {
     using T = decltype(z);
-    a.entropy ? logps_forward_of<true, T>(rows, a) : logps_forward_of<false, T>(rows, a);
+    a.entropy ? logps_forward_of<true, T>(target, rows, a)
+              : logps_forward_of<false, T>(target, rows, a);
   });
 }
 
-void logps_backward(const CpuRows& rows, const LogpsBackward& a) {
+void logps_backward(const CpuTarget& target, const Rows& rows, const LogpsBackward& a) {
   with_type(rows.dtype, [&](auto z) {
     using T = decltype(z);
-    a.entropy ? logps_backward_of<true, T>(rows, a) : logps_backward_of<false, T>(rows, a);
+    a.entropy ? logps_backward_of<true, T>(target, rows, a)
+              : logps_backward_of<false, T>(target, rows, a);
   });
 }
 
-void one_pass(const CpuRows& rows, const OnePass& a) {
+void one_pass(const CpuTarget& target, const Rows& rows, const OnePass& a) {
   with_type(rows.dtype, [&](auto z) {
     using T = decltype(z);
-    a.entropy ? one_pass_of<true, T>(rows, a) : one_pass_of<false, T>(rows, a);
+    a.entropy ? one_pass_of<true, T>(target, rows, a) : one_pass_of<false, T>(target, rows, a);
   });
 }
 
-void scale(const CpuRows& rows, const Scale& a) {
-  with_type(rows.dtype, [&](auto z) { scale_of<decltype(z)>(rows, a); });
+void scale(const CpuTarget& target, const Rows& rows, const Scale& a) {
+  with_type(rows.dtype, [&](auto z) { scale_of<decltype(z)>(target, rows, a); });
 }
 
 void exp2_of(const float* in, float* out, std::int64_t count) {
@@ -239,7 +254,9 @@ void exp2_of(const float* in, float* out, std::int64_t count) {
 
 }  // namespace
 
-extern const CpuKernels R2VPO_KERNELS = {{logps_forward, logps_backward, one_pass, scale},
-                                         exp2_of};
+extern const CpuKernels R2VPO_KERNELS = {
+    {logps_forward, logps_backward, one_pass, scale, prepare, means, finish, shard_parts,
+     shard_combine, dual_step},
+    exp2_of};
 
 }  // namespace r2vpo

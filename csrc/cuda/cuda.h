@@ -5,13 +5,14 @@
 
 namespace r2vpo {
 
-struct CudaRows : Rows {
+struct CudaTarget {
   int device;
   void* stream;
 };
 
-// Each launches on rows.stream and returns; what CUDA refuses is thrown as std::runtime_error, in
-// CUDA's own words. For logits and dlogits whose rows lie alike within 16 bytes.
-extern const Kernels<CudaRows> kernels_cuda;
+// Each launches on the target's stream and returns; what CUDA refuses is thrown as
+// std::runtime_error, in CUDA's own words. For logits and dlogits whose rows lie alike within 16
+// bytes.
+extern const Kernels<CudaTarget> kernels_cuda;
 
 }  // namespace r2vpo

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "machine.h"
@@ -22,13 +23,20 @@ void check(cudaError_t error, const char* what) {
 
 template <typename T, typename A, bool kEntropy, int kHeld>
 __global__ void __launch_bounds__(Gpu::kThreads, kHeld ? 1 : 2)
-    row_kernel(const __grid_constant__ CudaRows rows, const __grid_constant__ A a, int stages) {
+    row_kernel(const __grid_constant__ Rows rows, const __grid_constant__ A a, int stages) {
 #if __CUDA_ARCH__ >= 900
   // A cluster holds what one block cannot.
   if constexpr (kHeld > 0) return;
 #endif
   Gpu gpu;
   run<Gpu, T, A, kEntropy, kHeld>(gpu, rows, a, stages);
+}
+
+template <typename A>
+__global__ void __launch_bounds__(TokenGpu::kThreads, 1)
+    token_kernel(const __grid_constant__ A a) {
+  TokenGpu gpu;
+  run(gpu, a);
 }
 
 int attribute(cudaDeviceAttr name, int device) {
@@ -45,13 +53,13 @@ Limits limits_of(int device) {
 
 struct Launcher {
   template <typename T, typename A, bool kEntropy>
-  static void launch(const CudaRows& rows, const A& a) {
-    const std::int64_t tokens = rows.batch * rows.length;
-    if (tokens == 0) return;
-    check(cudaSetDevice(rows.device), "cudaSetDevice");
+  static void launch(const CudaTarget& target, const Rows& rows, const A& a) {
+    const std::int64_t count = rows.batch * rows.length;
+    if (count == 0) return;
+    check(cudaSetDevice(target.device), "cudaSetDevice");
     const std::int64_t words = rows.vocabulary / Place<T>::kColumns;
     constexpr bool kTwo = Looks<A>::kFirst && Looks<A>::kSecond;
-    const Plan plan = make_plan(limits_of(rows.device), words, kTwo);
+    const Plan plan = make_plan(limits_of(target.device), words, kTwo);
     // Of a device each always has the same shared memory, which is set for the function.
     auto* const function = plan.holds ? row_kernel<T, A, kEntropy, kTwo ? held(kEntropy) : 0>
                                       : row_kernel<T, A, kEntropy, 0>;
@@ -67,7 +75,7 @@ struct Launcher {
     config.gridDim = plan.cluster;
     config.blockDim = Gpu::kThreads;
     config.dynamicSmemBytes = bytes;
-    config.stream = static_cast<cudaStream_t>(rows.stream);
+    config.stream = static_cast<cudaStream_t>(target.stream);
     config.attrs = &cluster;
     config.numAttrs = plan.cluster > 1;
     // As many as the device holds at once: one more would wait for the others' end.
@@ -79,21 +87,40 @@ struct Launcher {
       const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
           &resident, function, Gpu::kThreads, bytes);
       check(error, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-      resident *= attribute(cudaDevAttrMultiProcessorCount, rows.device);
+      resident *= attribute(cudaDevAttrMultiProcessorCount, target.device);
     }
     if (resident == 0) {
       throw std::runtime_error("the device has no room for a cluster of " +
                                std::to_string(plan.cluster) + " blocks with " +
                                std::to_string(bytes) + " bytes of shared memory each");
     }
-    config.gridDim = plan.cluster * static_cast<int>(std::min<std::int64_t>(resident, tokens));
+    config.gridDim = plan.cluster * static_cast<int>(std::min<std::int64_t>(resident, count));
     check(cudaLaunchKernelEx(&config, function, rows, a, plan.stages), "cudaLaunchKernelEx");
+  }
+
+  template <typename A>
+  static void launch(const CudaTarget& target, const A& a) {
+    check(cudaSetDevice(target.device), "cudaSetDevice");
+    launch_tokens(target, a);
+    if constexpr (std::is_same_v<A, Means> || std::is_same_v<A, Finish>) {
+      if (groups_have_launch<TokenGpu>(a.tokens)) launch_tokens(target, Groups<A>{a});
+    }
+  }
+
+ private:
+  template <typename A>
+  static void launch_tokens(const CudaTarget& target, const A& a) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks_of<TokenGpu>(a);
+    config.blockDim = TokenGpu::kThreads;
+    config.stream = static_cast<cudaStream_t>(target.stream);
+    check(cudaLaunchKernelEx(&config, token_kernel<A>, a), "cudaLaunchKernelEx");
   }
 };
 
 }  // namespace
 
-extern const Kernels<CudaRows> kernels_cuda =
+extern const Kernels<CudaTarget> kernels_cuda =
     Dispatch<Launcher, Float32, BFloat16, Float16>::kernels;
 
 }  // namespace r2vpo

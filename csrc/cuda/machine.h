@@ -1,10 +1,12 @@
-// The instructions that rows.h is made of, on a GPU: PTX where CUDA C++ has no word for it.
+// The instructions that rows.h and tokens.h are made of, on a GPU: PTX where CUDA C++ has no word
+// for it.
 //
 // From sm_90 on chunks come by bulk copies that complete on an mbarrier, and blocks form clusters;
 // before, the loading warp copies 16 bytes per lane and instruction, and every block is alone.
 #pragma once
 
 #include "rows.h"
+#include "tokens.h"
 
 namespace r2vpo {
 
@@ -149,7 +151,8 @@ class Gpu {
   }
 
   // Where threads meet.
-  __device__ __forceinline__ float shuffle_xor(float x, int step) const {
+  template <typename N>
+  __device__ __forceinline__ N shuffle_xor(N x, int step) const {
     return __shfl_xor_sync(0xffffffffu, x, step);
   }
   __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
@@ -267,5 +270,36 @@ class Gpu {
 };
 
 static_assert(sizeof(Control<Gpu>) <= kControl, "");
+
+// For tokens.h: blocks that are all alike, and meet in global memory alone.
+class TokenGpu {
+ public:
+  static constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
+  static constexpr int kMostBlocks = r2vpo::kMostBlocks;
+  // Units times groups that the last block goes through, alone on the device; more have a launch.
+  static constexpr std::int64_t kGroupWork = std::int64_t{1} << 18;
+
+  __device__ __forceinline__ int thread() const { return threadIdx.x; }
+  __device__ __forceinline__ int lane() const { return threadIdx.x % kWarpSize; }
+  __device__ __forceinline__ int warp() const { return threadIdx.x / kWarpSize; }
+  __device__ __forceinline__ int block() const { return blockIdx.x; }
+  __device__ __forceinline__ int blocks() const { return gridDim.x; }
+
+  __device__ __forceinline__ double* shared() const {
+    __shared__ double memory[kWarps * kSums];
+    return memory;
+  }
+  template <typename N>
+  __device__ __forceinline__ N shuffle_xor(N x, int step) const {
+    return __shfl_xor_sync(0xffffffffu, x, step);
+  }
+  __device__ __forceinline__ void sync_block() const { __syncthreads(); }
+
+  // Between blocks: what one puts, and another fetches once it knows of it.
+  __device__ __forceinline__ void put(double* to, double x) const { *to = x; }
+  __device__ __forceinline__ double fetched(const double* from) const { return __ldcg(from); }
+  __device__ __forceinline__ int increment(std::int32_t* to) const { return atomicAdd(to, 1); }
+  __device__ __forceinline__ void fence() const { __threadfence(); }
+};
 
 }  // namespace r2vpo

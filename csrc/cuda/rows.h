@@ -1,6 +1,6 @@
 // A row's way over the chip: the kernels on a GPU, but for the instructions that they are made of.
 //
-// A `Machine` gives those: machine.h on a GPU, tests/emulator/machine.h on a CPU, where the same
+// A `Machine` gives those: machine.h on a GPU, tests/support/emulator/machine.h on a CPU, where the same
 // code runs with every barrier and every copy in an order drawn at random.
 //
 // A block is kWarps warps that compute and one that loads. Its shared memory is a ring of stages,
@@ -16,15 +16,8 @@
 #pragma once
 
 #include "../kernels.h"
+#include "device.h"
 #include "plan.h"
-
-#if defined(__CUDACC__)
-#define R2VPO_DEVICE __device__ __forceinline__
-#define R2VPO_UNROLL _Pragma("unroll")
-#else
-#define R2VPO_DEVICE inline
-#define R2VPO_UNROLL
-#endif
 
 namespace r2vpo {
 
@@ -51,7 +44,6 @@ static_assert(sizeof(Word) == kWordBytes, "");
 constexpr float kLowest = -3.4028234663852886e38f;  // finite: -inf meets no inf - inf
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kWarpSize = 32;
 
 // What one thread, warp, block or cluster has found of a row: max z, Σ 2^x and Σ 2^x·x with
 // x = (z - top)·scale, and the label's logit. 16 bytes, because that is what blocks send.
@@ -92,9 +84,9 @@ struct Place {
 };
 
 template <typename T, typename Machine>
-R2VPO_DEVICE Place<T> place_of(const Machine& machine, const Rows& rows, std::int64_t token) {
+R2VPO_DEVICE Place<T> place_of(const Machine& machine, const Rows& rows, std::int64_t row) {
   constexpr int kColumns = Place<T>::kColumns;
-  const std::int64_t b = token / rows.length, t = token % rows.length;
+  const std::int64_t b = row / rows.length, t = row % rows.length;
   Place<T> place;
   place.row = static_cast<const T*>(rows.logits) + b * rows.stride_batch + t * rows.stride_token;
   place.grad_row = static_cast<T*>(rows.dlogits) + b * rows.grad_stride_batch +
@@ -132,10 +124,28 @@ struct Schedule {
   }
 };
 
-R2VPO_DEVICE std::int64_t label_of(const Scale&, std::int64_t) { return 0; }
-template <typename A>
-R2VPO_DEVICE std::int64_t label_of(const A& a, std::int64_t i) {
-  return a.labels[i];
+R2VPO_DEVICE int label_of(const Scale&, std::int64_t) { return 0; }
+R2VPO_DEVICE int label_of(const RowTokens& a, std::int64_t row) {
+  return a.tokens.label(a.token(row));
+}
+
+// What is the same for all rows of a launch.
+struct Common {
+  Objective objective;
+  float denominator, upstream;
+};
+
+template <typename Machine, typename A>
+R2VPO_DEVICE Common common_of(Machine&, const A&) {
+  return {};
+}
+template <typename Machine>
+R2VPO_DEVICE Common common_of(Machine&, const LogpsBackward& a) {
+  return {{}, 1.0f, a.upstream ? *a.upstream : 1.0f};
+}
+template <typename Machine>
+R2VPO_DEVICE Common common_of(Machine& machine, const OnePass& a) {
+  return {a.tokens.objective(), denominator_of(machine, a.tokens), 1.0f};
 }
 
 // Whether a launch has nothing to do.
@@ -201,8 +211,8 @@ struct Sums {
   static constexpr float kLowestExponent = -150.0f;  // 2^x is 0 below
 };
 
-// The sum of the parts that `count` neighbouring lanes have, a power of two, in each of them and with
-// the same bits.
+// The sum of the parts that `count` neighbouring lanes have, a power of two, in each of them and
+// with the same bits.
 template <bool kEntropy, typename Machine>
 R2VPO_DEVICE Part merged(Machine& machine, Part part, int count, float scale) {
   float top = part.top;
@@ -393,7 +403,7 @@ class Walker {
   }
 
   template <typename A>
-  R2VPO_DEVICE Look first_look(const Place<T>& place, std::int64_t label, float temperature) {
+  R2VPO_DEVICE Look first_look(const Place<T>& place, int label, float temperature) {
     const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages_, kChunk);
     const float scale = kLog2E / temperature;
     const int edge = edge_of(place);
@@ -435,9 +445,9 @@ class Walker {
   }
 
   template <typename A, typename Map>
-  R2VPO_DEVICE void second_look(const Place<T>& place, const Map& map, std::int64_t label) {
+  R2VPO_DEVICE void second_look(const Place<T>& place, const Map& map, int label) {
     const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages_, kChunk);
-    const int column = label < rows_.vocabulary ? static_cast<int>(label) : -1;
+    const int column = label < rows_.vocabulary ? label : -1;
     const int edge = edge_of(place);
     if (edge >= 0) {
       const float z = Looks<A>::kFirst ? at_edge_ : machine_.load_one(place.row + edge);
@@ -468,10 +478,13 @@ class Walker {
 // One row, by kernel.
 
 template <bool kEntropy, typename T, typename Machine, typename W>
-R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, std::int64_t i,
-                          std::int64_t label, const Place<T>& place, W& walker) {
+R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, const Common&, std::int64_t row,
+                          int label, const Place<T>& place, W& walker) {
+  const std::int64_t i = a.token(row);
   Look look = {};
-  if (label >= 0) look = walker.template first_look<LogpsForward>(place, label, a.temperature[i]);
+  if (label >= 0) {
+    look = walker.template first_look<LogpsForward>(place, label, a.tokens.temperature(i));
+  }
   if (!machine.speaks()) return;
   a.logps[i] = look.logp;
   a.top[i] = look.top;
@@ -480,27 +493,30 @@ R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, std::int64_t 
 }
 
 template <bool kEntropy, typename T, typename Machine, typename W>
-R2VPO_DEVICE void compute(Machine&, const LogpsBackward& a, std::int64_t i, std::int64_t label,
-                          const Place<T>& place, W& walker) {
+R2VPO_DEVICE void compute(Machine&, const LogpsBackward& a, const Common& common, std::int64_t row,
+                          int label, const Place<T>& place, W& walker) {
   if (label < 0) return walker.zero(place);
+  const std::int64_t i = a.token(row);
   const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
-  const auto slope = slope_of<kEntropy>(look, a.temperature[i], a.grad_logps[i],
-                                        kEntropy ? a.grad_entropy[i] : 0.0f);
+  const float dlogp = a.grad_logps[i] * common.upstream;
+  const float dentropy = kEntropy ? a.grad_entropy[i] * common.upstream : 0.0f;
+  const auto slope = slope_of<kEntropy>(look, a.tokens.temperature(i), dlogp, dentropy);
   walker.template second_look<LogpsBackward>(place, slope, label);
 }
 
 template <bool kEntropy, typename T, typename Machine, typename W>
-R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, std::int64_t i, std::int64_t label,
-                          const Place<T>& place, W& walker) {
+R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, const Common& common,
+                          std::int64_t row, int label, const Place<T>& place, W& walker) {
+  const std::int64_t i = a.token(row);
   Look look = {};
   if (label < 0) {
     walker.zero(place);
   } else {
-    const float temperature = a.temperature[i];
+    const float temperature = a.tokens.temperature(i);
     look = walker.template first_look<OnePass>(place, label, temperature);
-    const Token token = token_of(a, i, look.logp);
-    const float dlogp = loss_slope(look.logp, token);
-    const float dentropy = kEntropy ? -token.weight * *a.entropy_coef : 0.0f;
+    const Token token = a.tokens.token(i, common.denominator);
+    const float dlogp = loss_slope(common.objective, token, look.logp);
+    const float dentropy = kEntropy ? entropy_slope(common.objective, token.weight) : 0.0f;
     const auto slope = slope_of<kEntropy>(look, temperature, dlogp, dentropy);
     walker.template second_look<OnePass>(place, slope, label);
   }
@@ -510,7 +526,7 @@ R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, std::int64_t i, st
 }
 
 template <bool kEntropy, typename T, typename Machine, typename W>
-R2VPO_DEVICE void compute(Machine&, const Scale& a, std::int64_t, std::int64_t,
+R2VPO_DEVICE void compute(Machine&, const Scale& a, const Common&, std::int64_t, int,
                           const Place<T>& place, W& walker) {
   walker.template second_look<Scale>(place, Factor{*a.upstream, 0.0f}, -1);
 }
@@ -520,11 +536,11 @@ template <typename Machine, typename T, typename A, int kHeld>
 R2VPO_DEVICE void load_rows(Machine& machine, Control<Machine>& control, const Rows& rows,
                             const A& a, int stages) {
   constexpr int kChunk = Machine::kChunk;
-  const std::int64_t tokens = rows.batch * rows.length;
+  const std::int64_t count = rows.batch * rows.length;
   Cursor at;
-  for (std::int64_t i = machine.first_row(); i < tokens; i += machine.row_step()) {
-    if (label_of(a, i) < 0) continue;
-    const Place<T> place = place_of<T>(machine, rows, i);
+  for (std::int64_t row = machine.first_row(); row < count; row += machine.row_step()) {
+    if (label_of(a, row) < 0) continue;
+    const Place<T> place = place_of<T>(machine, rows, row);
     const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages, kChunk);
     const Word* const words =
         reinterpret_cast<const Word*>(place.row + place.head) + place.first;
@@ -549,12 +565,13 @@ template <typename Machine, typename T, typename A, bool kEntropy, int kHeld>
 R2VPO_DEVICE void compute_rows(Machine& machine, Control<Machine>& control, const Rows& rows,
                                const A& a, int stages) {
   Walker<Machine, T, kEntropy, kHeld> walker(machine, control, rows, stages);
-  const std::int64_t tokens = rows.batch * rows.length, step = machine.row_step();
-  std::int64_t label = label_of(a, machine.first_row());
-  for (std::int64_t i = machine.first_row(); i < tokens; i += step) {
+  const Common common = common_of(machine, a);
+  const std::int64_t count = rows.batch * rows.length, step = machine.row_step();
+  int label = label_of(a, machine.first_row());
+  for (std::int64_t row = machine.first_row(); row < count; row += step) {
     // Ahead of the row that waits for it.
-    const std::int64_t next = i + step < tokens ? label_of(a, i + step) : -1;
-    compute<kEntropy>(machine, a, i, label, place_of<T>(machine, rows, i), walker);
+    const int next = row + step < count ? label_of(a, row + step) : -1;
+    compute<kEntropy>(machine, a, common, row, label, place_of<T>(machine, rows, row), walker);
     label = next;
   }
 }

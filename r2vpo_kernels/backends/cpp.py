@@ -1,29 +1,45 @@
-"""C++ kernels over logits (csrc/cpu/): log-probs forward and backward, one-pass, scaling."""
+"""C++ kernels on a CPU (csrc/cpu/)."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import compiled
 
 _cpp = compiled.load("cpp")
 
 # What the processor has, the best last.
-INSTRUCTION_SETS = _cpp.instruction_sets()
-INSTRUCTION_SET = list(INSTRUCTION_SETS)[-1]
+INSTRUCTION_SETS: dict[str, Any] = _cpp.instruction_sets()
 
 
-def advise_huge_pages(fresh):
+def _instruction_set() -> str:
+    """The best, or a lesser one that torch was told to use (ATEN_CPU_CAPABILITY)."""
+    best = list(INSTRUCTION_SETS)[-1]
+    lesser = {"DEFAULT": "baseline", "AVX2": "avx2"}
+    chosen = lesser.get(torch.backends.cpu.get_cpu_capability(), best)
+    return chosen if chosen in INSTRUCTION_SETS else best
+
+
+INSTRUCTION_SET = _instruction_set()
+
+
+def advise_huge_pages(fresh: Tensor) -> None:
     """Ask for them for memory that nobody has touched: page faults are most of what it costs."""
     _cpp.advise_huge_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size())
 
 
 class _Launchers(compiled.Launchers):
-    def kernels(self):
+    def kernels(self) -> Any:
         return INSTRUCTION_SETS[INSTRUCTION_SET]
 
-    def where(self, logits, dlogits):
-        if dlogits is not None and dlogits is not logits:
-            advise_huge_pages(dlogits)
+    def launch_target(self, x: Tensor) -> tuple[int, ...]:
         return (torch.get_num_threads(),)
+
+    def before_filling(self, dlogits: Tensor) -> None:
+        advise_huge_pages(dlogits)
 
 
 _launchers = _Launchers(_cpp)
@@ -31,3 +47,9 @@ logps_forward = _launchers.logps_forward
 logps_backward = _launchers.logps_backward
 one_pass = _launchers.one_pass
 scale = _launchers.scale
+prepare = _launchers.prepare
+means = _launchers.means
+finish = _launchers.finish
+shard_parts = _launchers.shard_parts
+shard_combine = _launchers.shard_combine
+dual_step = _launchers.dual_step

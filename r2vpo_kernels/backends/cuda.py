@@ -1,19 +1,31 @@
-"""CUDA kernels over logits (csrc/cuda/): log-probs forward and backward, one-pass, scaling.
+"""CUDA kernels (csrc/cuda/), for the architectures of setup.py's CUDA_TARGETS.
 
-They are compiled for the architectures of setup.py's CUDA_TARGETS. None has run on hardware yet.
+None has run on hardware yet.
 """
 
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import compiled
+from .calls import Tokens
 
 _cuda = compiled.load("cuda")
 
-# The module of tests/emulator takes a CPU's tensors.
-EMULATED = _cuda.EMULATED
+# The module of tests/support/emulator takes a CPU's tensors.
+SIMULATED: bool = _cuda.EMULATED
+
+# csrc/cuda/tokens.h puts there four numbers of each unit, and twelve of each of so many blocks.
+MOMENTS = 4
+TOTALS = 12
+MOST_BLOCKS = 512
 
 
-def why_not(device):
+def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on a GPU; None if they can."""
     if torch.version.hip:
         return "it runs on NVIDIA GPUs, and this torch is for AMD's"
@@ -26,17 +38,21 @@ def why_not(device):
 
 
 class _Launchers(compiled.Launchers):
-    def kernels(self):
+    def kernels(self) -> Any:
         return _cuda.kernels
 
-    def where(self, logits, dlogits):
-        if EMULATED:
+    def launch_target(self, x: Tensor) -> tuple[int, ...]:
+        if SIMULATED:
             return 0, 0
-        device = logits.get_device()
+        device = x.get_device()
         return device, torch.cuda.current_stream(device).cuda_stream
 
-    def device(self, logits):
-        return torch.cuda.device_of(logits)
+    def device(self, x: Tensor) -> AbstractContextManager[Any]:
+        return torch.cuda.device_of(x)
+
+    def scratch(self, t: Tokens) -> Tensor:
+        size = MOMENTS * t.units + TOTALS * MOST_BLOCKS
+        return torch.empty(size, dtype=torch.float64, device=t.workspace.device)
 
 
 _launchers = _Launchers(_cuda)
@@ -44,3 +60,9 @@ logps_forward = _launchers.logps_forward
 logps_backward = _launchers.logps_backward
 one_pass = _launchers.one_pass
 scale = _launchers.scale
+prepare = _launchers.prepare
+means = _launchers.means
+finish = _launchers.finish
+shard_parts = _launchers.shard_parts
+shard_combine = _launchers.shard_combine
+dual_step = _launchers.dual_step

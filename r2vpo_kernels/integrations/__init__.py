@@ -1,4 +1,4 @@
-"""The loss in trainers: one module per framework, which is imported only with its module."""
+"""The loss in trainers: one module per framework, imported only when that module is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check_version(package: str, at_least: str, below: str) -> None:
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        # A checkout on the path has no metadata, and may name its version itself.
+        # A checkout on the path has no metadata, but may define __version__.
         try:
             found = importlib.import_module(package.replace("-", "_")).__version__
         except (ImportError, AttributeError):
@@ -24,9 +24,9 @@ def check_version(package: str, at_least: str, below: str) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """1.16.0rc1 → (1, 16): what follows the release's numbers, and zeros at the end, do not count.
+    """1.16.0rc1 → (1, 16): the release's numbers, without suffix and without trailing zeros.
 
-    Anything else → (), which is below every version.
+    A string that starts with no number gives (), which is below every version.
     """
     release = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(n) for n in release[0].split(".")] if release else []

@@ -1,25 +1,31 @@
-"""What the adapters share: one loss per token, for a trainer that aggregates them by its rules.
+"""What the adapters share: a loss per token, which the trainer aggregates as it does its own.
 
-So every mode of aggregation and every global denominator is what it is for the trainer's own
-losses. None of these hooks passes group ids, and none marks an optimizer step: behind them there
-is neither the centre "group" nor `VarianceConstraint`.
+Every aggregation mode and every global denominator thus means what it means for the trainer's own
+losses. These trainers pass no group ids to a loss and do not mark optimizer steps, so neither
+center "group" nor `VarianceConstraint` is available behind them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from torch import Tensor
 
-from ..batch import invalid
+from ..checks import Center, KLEstimator, RatioLevel, invalid
 from ..loss import r2vpo_loss_from_logps
-from ..objective import R2VPOOutput
+from ..output import R2VPOOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(kw_only=True)
 class Settings:
-    """What a trainer's configuration can say of the objective, as keywords of `r2vpo_loss`."""
+    """The options of `r2vpo_loss` that a trainer's configuration may hold.
+
+    Names are plain strings here, since OmegaConf reads no Literal; the loss checks them.
+    """
 
     variance_coef: float = 0.5
     center: str = "one"
@@ -27,22 +33,45 @@ class Settings:
     log_ratio_clamp: float = 20.0
 
 
-def settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Those that `config` has as attributes, under their own name or behind a prefix."""
+class LossOptions(TypedDict, total=False):
+    """The keywords of `r2vpo_loss_from_logps` that choose the objective."""
+
+    variance_coef: float | Tensor
+    center: Center
+    ratio_level: RatioLevel
+    kl_coef: float
+    kl_estimator: KLEstimator
+    log_ratio_clamp: float
+
+
+class LossKeywords(LossOptions, total=False):
+    """All keywords of `r2vpo_loss_from_logps` that an adapter may pass on."""
+
+    importance_weights: Tensor | None
+    ref_logps: Tensor | None
+    entropy: Tensor | None
+    entropy_coef: float
+    cu_seqlens: Tensor | None
+
+
+def settings(config: object, prefix: str = "") -> LossKeywords:
+    """The `Settings` that `config` has as attributes, each named `prefix` + its own name."""
     names = [f.name for f in fields(Settings)]
-    return {
+    found = {
         name: getattr(config, prefix + name) for name in names if hasattr(config, prefix + name)
     }
+    return cast("LossKeywords", found)
 
 
-def refuse(config: Any, *options: str) -> None:
-    """An error for an option of the trainer that this loss would leave without effect."""
+def refuse(config: object, *options: str) -> None:
+    """Raise if an option is set that this loss would ignore."""
     for name in options:
         if getattr(config, name, None):
             raise invalid(name, repr(getattr(config, name)), "it unset: r2vpo does not follow it")
 
 
 def required(name: str, value: Tensor | None, like: Tensor) -> Tensor:
+    """`value`, which must be a tensor."""
     if not isinstance(value, Tensor):
         expected = f"log-probs, a tensor of shape {tuple(like.shape)}"
         raise invalid(name, value, expected)
@@ -55,12 +84,12 @@ def token_losses(
     advantages: Tensor,
     mask: Tensor | None,
     old_name: str,
-    **keywords: Any,
+    **keywords: Unpack[LossKeywords],
 ) -> R2VPOOutput:
-    """`r2vpo_loss_from_logps(..., reduction="none")`: 0 at masked tokens, whatever stands there.
+    """`r2vpo_loss_from_logps(..., reduction="none")`: 0 at masked tokens, whatever they hold.
 
-    old_name is what the trainer calls the old log-probs. None is an error, where `r2vpo_loss` takes
-    it for on-policy: a trainer that dropped them did not say so.
+    old_name is the trainer's name for old_logps. None is an error here, where `r2vpo_loss` reads it
+    as on-policy: a trainer that lost its old log-probs must not train as if it were on-policy.
     """
     old_logps = required(old_name, old_logps, logps)
     center = keywords.get("center", "one")
@@ -72,5 +101,5 @@ def token_losses(
 
 
 def metrics(out: R2VPOOutput) -> dict[str, Tensor]:
-    """`out.metrics()` but for the sums, which have no denominator where each token has its loss."""
+    """`out.metrics()` without loss/*: sums that have no denominator with reduction "none"."""
     return {name: x for name, x in out.metrics().items() if not name.startswith("loss/")}

@@ -5,21 +5,25 @@
 
 after setup(...), and in the YAML, beside the keys of loss_fn: variance_coef: 0.5, log_ratio_clamp:
 20. The clip ranges are not read. The surrogate, its importance weights, KL and the metrics that
-the trainer insists on are NeMo-RL's; sequence_level_importance_ratios and token_level_loss hold
-for the penalty too. What its corrections drop from the surrogate keeps its penalty, and
-log_ratio_clamp bounds the penalty alone. No group ids and no sign of an optimizer step come: no
-centre "group", λ is a number.
+the trainer requires are NeMo-RL's; sequence_level_importance_ratios and token_level_loss apply to
+the penalty too. Tokens that NeMo-RL's corrections drop from the surrogate keep their penalty, and
+log_ratio_clamp bounds the penalty alone. The trainer passes no group ids and does not mark
+optimizer steps: center is "one" and λ a number.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import check_version
 from .hook import refuse, required, settings, token_losses
+
+if TYPE_CHECKING:
+    from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossConfig
 
 check_version("nemo-rl", "0.7", "0.8")
 
@@ -29,17 +33,20 @@ from nemo_rl.algorithms.utils import masked_mean  # noqa: E402
 
 
 class R2VPOLossFn(ClippedPGLossFn):
-    def __init__(self, cfg: Any) -> None:
+    """Takes and returns what ClippedPGLossFn does."""
+
+    def __init__(self, cfg: ClippedPGLossConfig) -> None:
         refuse(cfg, "disable_ppo_ratio", "ratio_clip_c", "use_cispo")
         super().__init__(cfg)
         self.ratio_clip_min = self.ratio_clip_max = float("inf")
-        level = "sequence" if self.sequence_level_importance_ratios else "token"
-        self.settings = settings(cfg) | {"ratio_level": level}
+        self.settings = settings(cfg)
+        by_sequence = self.sequence_level_importance_ratios
+        self.settings["ratio_level"] = "sequence" if by_sequence else "token"
 
     def __call__(
         self,
         next_token_logprobs: Tensor,
-        data: Any,
+        data: Mapping[str, Tensor],
         global_valid_seqs: Tensor,
         global_valid_toks: Tensor,
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -58,6 +65,6 @@ class R2VPOLossFn(ClippedPGLossFn):
             by_sample = masked_mean(out.loss, token_mask, -1)
             penalty = masked_mean(by_sample, sample_mask, None, global_valid_seqs)
         loss, moment = surrogate + penalty, out.stats.d_sq_sum.sum() / global_valid_toks
-        # Sums over micro-batches are what is logged.
+        # The trainer logs the sum over micro-batches.
         ours = {"loss": loss, "variance_penalty": penalty, "ratio_second_moment": moment}
         return loss, logged | {name: value.item() for name, value in ours.items()}

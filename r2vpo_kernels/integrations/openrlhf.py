@@ -3,21 +3,23 @@
     from r2vpo_kernels.integrations.openrlhf import R2VPOPolicyLoss as PolicyLoss
 
 and, to change a default, variance_coef=... in its call of PolicyLoss. Nothing is clipped: eps_clip
-is not read. --actor.policy_loss_type gspo means the ratio of the sequence; --actor.loss_agg_mode
-and --algo.advantage.is_correction_* (by the ratio) what they mean there: the correction weighs the
-advantage, and tokens that it drops have no penalty either. KL and entropy are added outside. No
-group ids and no sign of an optimizer step come: no centre "group", λ is a number.
+is not read. --actor.policy_loss_type gspo selects the sequence's ratio. --actor.loss_agg_mode and
+--algo.advantage.is_correction_* (with gating "ratio" only) keep their meaning: the correction
+weights the advantage, and tokens that it drops have no penalty either. KL and entropy are added
+outside. The trainer passes no group ids and does not mark optimizer steps: center is "one" and λ a
+number.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..checks import Center
 from . import check_version
-from .hook import Settings, metrics, refuse, required, token_losses
+from .hook import LossKeywords, Settings, metrics, refuse, required, token_losses
 
 check_version("openrlhf", "0.11.2", "0.12")
 
@@ -25,28 +27,45 @@ from openrlhf.models.loss import PolicyLoss, aggregate_loss, masked_mean  # noqa
 
 
 class R2VPOPolicyLoss(PolicyLoss):
-    """Takes and returns what PolicyLoss does.
+    """Takes and returns what PolicyLoss does, with three options more.
 
-    clip_ratio is the share of tokens whose log-ratio was clamped at log_ratio_clamp.
+    The clip_ratio returned is the share of tokens whose log-ratio was clamped at log_ratio_clamp.
     """
 
     def __init__(
         self,
-        *args: Any,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        is_correction_level: str = "off",
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: Sequence[float] = (0.5, 5.0),
+        *,
         variance_coef: float = Settings.variance_coef,
-        center: str = Settings.center,
+        center: Center = "one",
         log_ratio_clamp: float = Settings.log_ratio_clamp,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            clip_eps_low,
+            clip_eps_high,
+            dual_clip,
+            token_level_loss,
+            policy_loss_type,
+            is_correction_level,
+            is_correction_mode,
+            is_correction_gating,
+            is_correction_threshold,
+        )
         refuse(self, "dual_clip")
         if self.is_correction_level != "off" and self.is_correction_gating != "ratio":
             refuse(self, "is_correction_gating")
-        level = "sequence" if self.policy_loss_type == "gspo" else "token"
-        self.settings = {
+        self.settings: LossKeywords = {
             "variance_coef": variance_coef,
             "center": center,
-            "ratio_level": level,
+            "ratio_level": "sequence" if self.policy_loss_type == "gspo" else "token",
             "log_ratio_clamp": log_ratio_clamp,
         }
 
@@ -57,7 +76,9 @@ class R2VPOPolicyLoss(PolicyLoss):
         advantages: Tensor,
         action_mask: Tensor | None = None,
         rollout_log_probs: Tensor | None = None,
-        **batch_info: Any,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         old = required("old_log_probs", old_log_probs, log_probs)
@@ -65,28 +86,30 @@ class R2VPOPolicyLoss(PolicyLoss):
         if self.is_correction_level != "off":
             rollout = required("rollout_log_probs", rollout_log_probs, log_probs)
             if self.policy_loss_type == "gspo":
-                # The correction there: the ratio is to the rollout's log-probs.
+                # PolicyLoss corrects gspo by taking the ratio to the rollout's log-probs.
                 old = rollout
             else:
                 weights, keep, filtered = self._correction(old, rollout, mask)
                 vllm_kl = _mean(rollout - old, mask)
-        keywords = self.settings | {"importance_weights": weights}
+        keywords: LossKeywords = {**self.settings, "importance_weights": weights}
         out = token_losses(log_probs, old, advantages, keep, "old_log_probs", **keywords)
-        loss = aggregate_loss(out.loss, mask, self.token_level_loss, **batch_info)
+        loss = aggregate_loss(
+            out.loss, mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
+        )
         ppo_kl = _mean(old_log_probs - log_probs.detach(), mask)
         return loss, metrics(out)["ratio/clamped"], ppo_kl, vllm_kl, filtered
 
     def _correction(
         self, old: Tensor, rollout: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(a token's weight, whether it is kept, the share of tokens or sequences out of bounds)"""
+        """(weight per token, mask of kept tokens, share of tokens or sequences out of bounds)."""
         low, high = self.is_correction_threshold
         log_weight = torch.where(mask != 0, old - rollout, 0.0)
         weight = log_weight.exp()
         if self.is_correction_level == "seq":
-            # NaN for a sequence without tokens, which then counts as dropped, as it does there.
-            unit = masked_mean(log_weight, mask, dim=-1).exp()[:, None]
-            within = (unit >= low) & (unit <= high)
+            # A sequence without tokens gives NaN and counts as dropped, as in PolicyLoss.
+            sequence_weight = masked_mean(log_weight, mask, dim=-1).exp()[:, None]
+            within = (sequence_weight >= low) & (sequence_weight <= high)
             return weight, (mask != 0) & within, 1 - within.float().mean()
         outside = (weight < low) | (weight > high)
         share = masked_mean(outside.float(), mask)
@@ -96,4 +119,5 @@ class R2VPOPolicyLoss(PolicyLoss):
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    return masked_mean(torch.where(mask != 0, x, 0.0), mask)
+    mean: Tensor = masked_mean(torch.where(mask != 0, x, 0.0), mask)
+    return mean

@@ -4,11 +4,12 @@
     Config = make_config(algorithm_cls=R2VPOAlgorithmConfig)  # from skyrl.train.config
     cfg = Config.from_cli_overrides(sys.argv[1:])  # trainer.algorithm.mini_batch_size=512 ...
 
-SkyRL divides advantages by the denominator of loss_reduction beforehand, and a loss sums over
-tokens. The penalty needs that denominator as well. It is known for "sequence_mean" and
-"seq_mean_token_sum_norm", given mini_batch_size, which counts sequences (policy_mini_batch_size ·
-n_samples_per_prompt); other loss_reductions are refused. KL and entropy are added outside. No
-group ids and no sign of an optimizer step come: no centre "group", λ is a number.
+SkyRL divides the advantages by the denominator of loss_reduction before it calls a policy loss,
+which then sums over tokens. The penalty needs the same denominator. It is known for "sequence_mean"
+and "seq_mean_token_sum_norm", given mini_batch_size, which counts sequences
+(policy_mini_batch_size · n_samples_per_prompt); other loss_reductions are refused. KL and entropy
+are added outside. The trainer passes no group ids and does not mark optimizer steps: center is
+"one" and λ a number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch import check_choice, invalid
+from ..checks import check_choice, invalid
 from . import check_version
 from .hook import Settings, metrics, required, settings, token_losses
 
@@ -30,6 +31,8 @@ from skyrl.train.config import AlgorithmConfig  # noqa: E402
 
 @dataclass
 class R2VPOAlgorithmConfig(Settings, AlgorithmConfig):
+    """SkyRL's AlgorithmConfig with the options of this loss."""
+
     policy_loss_type: str = "r2vpo"
     loss_reduction: str = "sequence_mean"
     mini_batch_size: int = 0
@@ -55,12 +58,12 @@ def r2vpo_policy_loss(
     keywords = settings(config)
     keywords["variance_coef"] = config.variance_coef / (config.mini_batch_size * length)
     old = required("old_log_probs", old_log_probs, log_probs)
-    # What it makes of a loss of ones are the importance weights.
+    # SkyRL multiplies a loss by its importance weights: applied to ones, they are the result.
     keywords["importance_weights"], mask, logged = ppo_utils.apply_off_policy_correction(
         torch.ones_like(old), old, rollout_logprobs, mask, config.off_policy_correction
     )
     out = token_losses(log_probs, old, advantages, mask, "old_log_probs", **keywords)
-    # SkyRL takes the least and the greatest of what ends in _min and _max.
+    # SkyRL reduces metrics whose name ends in _min or _max by minimum or maximum.
     logged |= {name.replace("/", "_"): x.item() for name, x in metrics(out).items()}
     return out.loss.sum(), logged
 

@@ -3,12 +3,12 @@
     --loss-type custom_loss --custom-config-path r2vpo.yaml  # r2vpo_variance_coef: 0.5, ...
     --custom-loss-function-path r2vpo_kernels.integrations.slime.r2vpo_loss_function
 
-It stands in for slime's policy loss, and --entropy-coef, --use-kl-loss, --kl-loss-coef,
---kl-loss-type and --use-rollout-logprobs mean what they do there; other corrections, a reducer of
-your own, and the estimators "gspo" and "cispo" are refused (r2vpo_ratio_level: sequence is gspo's
-ratio). Log-probs are slime's own, under tensor and context parallelism (which has no "sequence"
-ratio), and so is the sum over tokens. No group ids and no sign of an optimizer step come: no
-centre "group", λ is a number.
+It replaces slime's policy loss; --entropy-coef, --use-kl-loss, --kl-loss-coef, --kl-loss-type and
+--use-rollout-logprobs keep their meaning. Other corrections, a custom reducer, and the estimators
+"gspo" and "cispo" are refused (r2vpo_ratio_level: sequence is gspo's ratio). Log-probs, under
+tensor and context parallelism too, and the sum over tokens are slime's own; under context
+parallelism r2vpo_ratio_level must be token. The trainer passes no group ids and does not mark
+optimizer steps: center is "one" and λ a number.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import invalid
+from ..checks import invalid
 from . import check_version
-from .hook import refuse, required, settings, token_losses
+from .hook import LossKeywords, refuse, required, settings, token_losses
 
 check_version("slime", "0.3.1", "0.4")
 
@@ -35,7 +35,7 @@ def r2vpo_loss_function(
     logits: Tensor,
     sum_of_sample_mean: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """logits (1, T, V) float32; the batch holds lists of one tensor (response length,) a sample."""
+    """logits (1, T, V) float32; the batch holds lists of tensors (response length,), by sample."""
     refuse(
         args, "use_tis", "use_opsm", "use_unbiased_kl", "get_mismatch_metrics",
         "custom_pg_loss_reducer_function_path",
@@ -51,7 +51,8 @@ def r2vpo_loss_function(
     def packed(name: str) -> Tensor | None:
         return torch.cat(batch[name]) if batch.get(name) else None
 
-    keywords = settings(args, prefix="r2vpo_") | {
+    keywords: LossKeywords = {
+        **settings(args, prefix="r2vpo_"),
         "entropy": torch.cat(scored["entropy"]),
         "entropy_coef": args.entropy_coef,
     }
@@ -70,7 +71,7 @@ def r2vpo_loss_function(
         both = (torch.where(mask != 0, x, 0.0) for x in (logps, ref))
         kl = loss.compute_approx_kl(*both, kl_loss_type=args.kl_loss_type)
         terms = terms + args.kl_loss_coef * kl
-    # Without a token of its own a rank still takes part in the others' backward.
+    # A rank without tokens still takes part in the backward's collectives.
     total = sum_of_sample_mean(terms) + (0 * logits.sum() if logps.numel() == 0 else 0)
     ratio = torch.where(mask != 0, out.logps - old, 0.0).clamp(max=20.0).exp()
     logged = {"ratio": sum_of_sample_mean(ratio), "ratio_d2": sum_of_sample_mean((ratio - 1) ** 2)}

@@ -3,23 +3,26 @@
     from r2vpo_kernels.integrations.torchtitan import R2VPOLoss
     loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=R2VPOLoss.Config(variance_coef=0.5)),
 
-The old log-probs are the generator's; tokens where they are not finite are left out, as they are
-of the trainer's denominator. The log-probs are torchtitan's own, which knows how logits are
-sharded. Rows are packed and cut into chunks, and no group ids and no sign of an optimizer step
-come: the ratio is the token's, the centre "one", λ a number.
+The old log-probs are the generator's; tokens where they are not finite are left out, as in the
+trainer's denominator. The log-probs come from torchtitan's own function, which handles sharded
+logits. The trainer packs sequences into rows, cuts rows into chunks, passes no group ids and does
+not mark optimizer steps: ratio_level is "token", center "one" and λ a number.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..batch import check_choice
+from ..checks import check_choice
 from . import check_version
 from .hook import Settings, metrics, required, settings, token_losses
+
+if TYPE_CHECKING:
+    from torchtitan.config import CompileConfig
 
 check_version("torchtitan", "0.3", "0.4")
 
@@ -27,11 +30,13 @@ from torchtitan.components.loss import BaseLoss, compute_logprobs  # noqa: E402
 
 
 class R2VPOLoss(BaseLoss):
+    """Takes and returns what the trainer's own losses do."""
+
     @dataclass(kw_only=True, slots=True)
     class Config(Settings, BaseLoss.Config):
         pass
 
-    def __init__(self, config: Config, *, compile_config: Any = None) -> None:
+    def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
         check_choice("ratio_level", config.ratio_level, ("token",))
         self.settings = settings(config)
 
@@ -52,7 +57,7 @@ class R2VPOLoss(BaseLoss):
         out = token_losses(logps, old, advantages, mask, "generator_logprobs", **self.settings)
         denominator = 1 if global_valid_tokens is None else max(global_valid_tokens, 1)
         loss = out.loss.sum() / denominator
-        # Names in mean and frac are summed over chunks, ranks and micro-batches.
+        # The trainer sums metrics named *mean and *frac over chunks, ranks and micro-batches.
         share, means = mask.sum() / denominator, metrics(out)
         return loss, {
             "loss/mean": loss.detach(),

@@ -1,0 +1,421 @@
+"""Triton kernels over logits: log-probs forward, log-probs backward, one-pass, scaling.
+
+Equations are those of docs/derivation. A row of logits is z ∈ R^V and x = z / temperature; inside the
+kernels exponents are in base 2, as the hardware's exponential is. The launchers at the end take
+checked tensors: `logits` (batch, length, V) with a contiguous vocabulary, and the workspace, whose
+label is -1 where a row must not be read and V or more where it matches no column. Row r belongs to
+token index[r], or first + r without an index (int64); what is per token is (N,) and contiguous.
+`dlogits` has the shape of `logits` and rows at the same place within 16 bytes; it may be `logits`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .math import (
+    KL_ESTIMATORS,
+    LN_2,
+    LOG2_E,
+    clamped,
+    difference,
+    expm1,
+    kl_slope,
+    nan_maximum,
+)
+from .workspace import (
+    ADVANTAGE,
+    CENTER,
+    CLAMP,
+    ENTROPY_COEF,
+    HEADER,
+    KL_COEF,
+    OLD_LOGP,
+    REF_LOGP,
+    TEMPERATURE,
+    TOKEN_WEIGHT,
+    VARIANCE_COEF,
+    denominator,
+    integers,
+)
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+# A row is walked in blocks from its last 16-byte boundary at or before its first element, which
+# lies `lead` further on; `end` is one past its last element. ALIGNED says that lead is 0 and V a
+# whole number of 16-byte words in every row. Divisions that look idle tell the compiler what is a
+# whole number of them.
+
+
+@triton.jit
+def _place(
+    row, length, vocabulary, misaligned, stride_batch, stride_token,
+    ALIGNED: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Of a row: its offset from the 16-byte boundary before the tensor, lead and end."""
+    # length is an int64, and so are the products.
+    offset = misaligned + (row // length) * stride_batch + (row % length) * stride_token
+    if ALIGNED:
+        lead = 0
+        end = vocabulary // VECTOR * VECTOR
+    else:
+        lead = (offset % VECTOR).to(tl.int32)
+        end = vocabulary + lead
+    return offset, lead, end
+
+
+@triton.jit
+def _row(pointer, offset, VECTOR: tl.constexpr):
+    return pointer + offset // VECTOR * VECTOR
+
+
+@triton.jit
+def _load(row, block, lead, end, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    if ALIGNED:
+        z = tl.load(row + place, mask=place < end, other=-float("inf"))
+    elif (block > 0) & ((block + 1) * BLOCK <= end):
+        # A mask whose edge is not known to be aligned makes the access narrow: only the blocks
+        # that an edge of the row cuts have one.
+        z = tl.load(row + place)
+    else:
+        z = tl.load(row + place, mask=(place >= lead) & (place < end), other=-float("inf"))
+    return z.to(tl.float32)
+
+
+@triton.jit
+def _store(row, block, lead, end, value, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    value = value.to(row.dtype.element_ty)
+    # What is stored is not read again here: it leaves the cache before rows that are.
+    if ALIGNED:
+        tl.store(row + place, value, mask=place < end, cache_modifier=".cs")
+    elif (block > 0) & ((block + 1) * BLOCK <= end):
+        tl.store(row + place, value, cache_modifier=".cs")
+    else:
+        edges = (place >= lead) & (place < end)
+        tl.store(row + place, value, mask=edges, cache_modifier=".cs")
+
+
+@triton.jit
+def _store_zeros(row, lead, end, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    zeros = tl.zeros([BLOCK], tl.float32)
+    for block in range(0, tl.cdiv(end, BLOCK)):
+        _store(row, block, lead, end, zeros, ALIGNED, BLOCK)
+
+
+@triton.jit
+def _first_look(
+    row, lead, end, label, temperature,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Eq. 1 and Eq. 3 in one read: the label's logp, max z, log2 of the sum about it, entropy.
+
+    Each lane keeps m = max z, s = Σ 2^x and r = Σ 2^x·x with x = (z - m)·scale over its columns
+    (Eq. 14): one exponential per element, and threads meet only once per row.
+    """
+    scale = tl.div_rn(LOG2_E, temperature)
+    # Every thread reads this one, and in place another thread will overwrite it: the reductions
+    # below are the barrier between. A bad label reads nothing and makes logp NaN.
+    z_label = tl.load(row + lead + label, mask=label < end - lead, other=float("nan"))
+    # The lowest finite number in place of -inf: a block of -inf then meets no inf - inf.
+    m = tl.full([BLOCK], LOWEST, tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    r = tl.zeros([BLOCK], tl.float32)
+    for block in tl.range(0, tl.cdiv(end, BLOCK), num_stages=STAGES):
+        z = _load(row, block, lead, end, ALIGNED, BLOCK)
+        gap = (z - m) * scale
+        decay = tl.exp2(-tl.abs(gap))
+        rises = gap > 0
+        if ENTROPY:
+            # decay = 0 stands for a factor whose product with an infinite gap is 0.
+            kept = tl.where(rises, (r - gap * s) * decay, r + gap * decay)
+            r = tl.where(decay == 0, tl.where(rises, 0.0, r), kept)
+        s = tl.fma(s, tl.where(rises, decay, 1.0), tl.where(rises, 1.0, decay))
+        m = nan_maximum(m, z)
+    top = tl.reduce(m, 0, nan_maximum)
+    gap = (m - top) * scale
+    decay = tl.exp2(gap)
+    total = tl.sum(s * decay, 0)
+    log_total = tl.log2(total)
+    logp = ((z_label.to(tl.float32) - top) * scale - log_total) * LN_2
+    entropy = 0.0
+    if ENTROPY:
+        moved = tl.where(decay == 0, 0.0, (r + gap * s) * decay)
+        entropy = (log_total - tl.sum(moved, 0) / total) * LN_2
+    return logp, top, log_total, entropy
+
+
+@triton.jit
+def _second_look(
+    row, grad_row, lead, end, label, temperature, logp, top, log_total, entropy, dlogp, dentropy,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
+
+    It walks from the last block to the first, because what the first look read last is still in
+    cache.
+    """
+    scale = tl.div_rn(LOG2_E, temperature)
+    dlogp = dlogp / temperature
+    dentropy = dentropy / temperature
+    # -expm1(logp) is 1 - p without cancellation at p = 1.
+    at_label = -dlogp * expm1(logp)
+    if ENTROPY:
+        # Eq. 12: p·log p is 0 at p = 0, where log p is -inf.
+        p_label = tl.exp(logp)
+        at_label -= tl.where(p_label == 0, 0.0, dentropy * p_label * (logp + entropy))
+    blocks = tl.cdiv(end, BLOCK)
+    for step in tl.range(0, blocks, num_stages=STAGES):
+        block = blocks - 1 - step
+        z = _load(row, block, lead, end, ALIGNED, BLOCK)
+        log2_p = tl.fma(z - top, scale, -log_total)
+        p = tl.exp2(log2_p)
+        dz = -p * dlogp
+        if ENTROPY:
+            dz -= tl.where(p == 0, 0.0, dentropy * p * (log2_p * LN_2 + entropy))
+        column = block * BLOCK + tl.arange(0, BLOCK) - lead
+        dz = tl.where(column == label, at_label, dz)
+        _store(grad_row, block, lead, end, dz, ALIGNED, BLOCK)
+
+
+@triton.jit
+def _dlogp(
+    logp, workspace, tokens, token, weight, ON_POLICY: tl.constexpr, KL: tl.constexpr
+):  # fmt: skip
+    """Eq. 7: dL/dlogp of one token from its own numbers."""
+    clamp = tl.load(workspace + CLAMP)
+    old_logp = logp if ON_POLICY else tl.load(workspace + HEADER + tokens * OLD_LOGP + token)
+    raw = difference(logp, old_logp)
+    delta = clamped(raw, clamp)
+    brake = 2.0 * tl.load(workspace + HEADER + tokens * VARIANCE_COEF + token)
+    brake *= expm1(delta) - tl.load(workspace + HEADER + tokens * CENTER + token)
+    slope = (
+        weight * tl.exp(delta) * (brake - tl.load(workspace + HEADER + tokens * ADVANTAGE + token))
+    )
+    slope = tl.where(tl.abs(raw) > clamp, 0.0, slope)
+    if KL > 0:
+        ref_logp = tl.load(workspace + HEADER + tokens * REF_LOGP + token)
+        slope += weight * tl.load(workspace + KL_COEF) * kl_slope(logp, ref_logp, clamp, KL)
+    return slope
+
+
+_SIZES = "tokens first parts rows length vocabulary misaligned "
+_SIZES += "stride_batch stride_token grad_stride_batch grad_stride_token"
+_PER_TOKEN = "workspace index logps top log_total entropy grad_logps grad_entropy upstream"
+# What the compiler may assume of alignment is in the flag ALIGNED, which the host derives from
+# pointers, strides and V; the pointers to logits are aligned always.
+_kernel = launch.kernel(_SIZES, _PER_TOKEN)
+
+
+@_kernel
+def logps_forward_kernel(
+    logits, workspace, index, logps, top, log_total, entropy,
+    tokens: tl.int64, first: tl.int64,
+    rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
+    stride_batch: tl.int64, stride_token: tl.int64,
+    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    ENTROPY: tl.constexpr = entropy is not None
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        token = first + row if index is None else tl.load(index + row)
+        label = tl.load(integers(workspace) + HEADER + token)
+        logp_t = 0.0
+        top_t = 0.0
+        log_total_t = 0.0
+        entropy_t = 0.0
+        if label >= 0:
+            offset, lead, end = _place(
+                row, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
+            )
+            temperature = tl.load(workspace + HEADER + tokens * TEMPERATURE + token)
+            logp_t, top_t, log_total_t, entropy_t = _first_look(
+                _row(logits, offset, VECTOR), lead, end, label, temperature,
+                ENTROPY, ALIGNED, BLOCK, STAGES,
+            )  # fmt: skip
+        tl.store(logps + token, logp_t)
+        tl.store(top + token, top_t)
+        tl.store(log_total + token, log_total_t)
+        if ENTROPY:
+            tl.store(entropy + token, entropy_t)
+
+
+@_kernel
+def logps_backward_kernel(
+    logits, dlogits, workspace, index, logps, top, log_total, entropy, grad_logps, grad_entropy,
+    upstream, tokens: tl.int64, first: tl.int64,
+    rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
+    stride_batch: tl.int64, stride_token: tl.int64,
+    grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
+    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    ENTROPY: tl.constexpr = grad_entropy is not None
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        token = first + row if index is None else tl.load(index + row)
+        label = tl.load(integers(workspace) + HEADER + token)
+        offset, lead, end = _place(
+            row, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
+        )
+        # The gradient's rows lie alike within 16 bytes: the same lead and end.
+        grad_offset, _, _ = _place(
+            row, length, vocabulary, misaligned, grad_stride_batch, grad_stride_token,
+            ALIGNED, VECTOR,
+        )  # fmt: skip
+        grad_row = _row(dlogits, grad_offset, VECTOR)
+        if label >= 0:
+            scale = 1.0
+            if upstream is not None:
+                scale = tl.load(upstream)
+            entropy_t = 0.0
+            dentropy = 0.0
+            if ENTROPY:
+                entropy_t = tl.load(entropy + token)
+                dentropy = tl.load(grad_entropy + token) * scale
+            _second_look(
+                _row(logits, offset, VECTOR), grad_row, lead, end, label,
+                tl.load(workspace + HEADER + tokens * TEMPERATURE + token), tl.load(logps + token),
+                tl.load(top + token), tl.load(log_total + token), entropy_t,
+                tl.load(grad_logps + token) * scale, dentropy, ENTROPY, ALIGNED, BLOCK, STAGES,
+            )  # fmt: skip
+        else:
+            _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
+
+
+@_kernel
+def one_pass_kernel(
+    logits, dlogits, workspace, index, logps, entropy,
+    tokens: tl.int64, first: tl.int64, parts: tl.int32,
+    rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
+    stride_batch: tl.int64, stride_token: tl.int64,
+    grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
+    ON_POLICY: tl.constexpr, KL: tl.constexpr,
+    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    ENTROPY: tl.constexpr = entropy is not None
+    divisor = denominator(workspace, parts)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        token = first + row if index is None else tl.load(index + row)
+        label = tl.load(integers(workspace) + HEADER + token)
+        offset, lead, end = _place(
+            row, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
+        )
+        # The gradient's rows lie alike within 16 bytes: the same lead and end.
+        grad_offset, _, _ = _place(
+            row, length, vocabulary, misaligned, grad_stride_batch, grad_stride_token,
+            ALIGNED, VECTOR,
+        )  # fmt: skip
+        grad_row = _row(dlogits, grad_offset, VECTOR)
+        logp = 0.0
+        entropy_t = 0.0
+        if label >= 0:
+            z = _row(logits, offset, VECTOR)
+            temperature = tl.load(workspace + HEADER + tokens * TEMPERATURE + token)
+            logp, top, log_total, entropy_t = _first_look(
+                z, lead, end, label, temperature, ENTROPY, ALIGNED, BLOCK, STAGES
+            )
+            weight = tl.div_rn(tl.load(workspace + HEADER + tokens * TOKEN_WEIGHT + token), divisor)
+            dlogp = _dlogp(logp, workspace, tokens, token, weight, ON_POLICY, KL)
+            dentropy = -weight * tl.load(workspace + ENTROPY_COEF) if ENTROPY else 0.0
+            _second_look(
+                z, grad_row, lead, end, label, temperature, logp, top, log_total, entropy_t,
+                dlogp, dentropy, ENTROPY, ALIGNED, BLOCK, STAGES,
+            )  # fmt: skip
+        else:
+            _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
+        tl.store(logps + token, logp)
+        if ENTROPY:
+            tl.store(entropy + token, entropy_t)
+
+
+@_kernel
+def scale_kernel(
+    dlogits, upstream,
+    rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
+    stride_batch: tl.int64, stride_token: tl.int64,
+    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    factor = tl.load(upstream)
+    # The usual upstream gradient is 1, and then nothing is read or written.
+    if factor != 1.0:
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            offset, lead, end = _place(
+                row, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
+            )
+            z = _row(dlogits, offset, VECTOR)
+            for block in tl.range(0, tl.cdiv(end, BLOCK), num_stages=STAGES):
+                dz = _load(z, block, lead, end, ALIGNED, BLOCK) * factor
+                _store(z, block, lead, end, dz, ALIGNED, BLOCK)
+
+
+def _launch(kernel, logits, dlogits, arguments, entropy=False, persistent=False, **flags) -> None:
+    """One program per row of `logits`, or a persistent grid."""
+    batch, length, vocabulary = logits.shape
+    rows = batch * length
+    if rows == 0:
+        return
+    vector = launch.VECTOR_BYTES // logits.element_size()
+    misaligned = logits.data_ptr() % launch.VECTOR_BYTES // logits.element_size()
+    big = [logits] if dlogits is None else [logits, dlogits]
+    # The stride of a dimension of size 1 is arbitrary and never used.
+    strides = [x.stride(dim) if x.shape[dim] > 1 else 0 for x in big for dim in (0, 1)]
+    aligned = all(n % vector == 0 for n in (vocabulary, misaligned, *strides))
+    row_bytes = vocabulary * logits.element_size()
+    tuning = next(tuning for most, tuning in launch.TUNING if row_bytes <= most)
+    per_thread = tuning.per_thread if aligned else launch.PER_THREAD_PEELED
+    longest = vocabulary if aligned else vocabulary + vector - 1
+    block = min(triton.next_power_of_2(longest), tuning.threads * per_thread)
+    programs = rows
+    if persistent:
+        programs = min(rows, tuning.programs * launch.multiprocessors(logits.device))
+    with torch.cuda.device_of(logits):
+        options = launch.target_options(block // per_thread)
+        ahead = launch.BYTES_AHEAD // (block * logits.element_size())
+        most = launch.most_ahead(entropy) if aligned else 0
+        kernel[(programs,)](
+            *(_aligned_base(x, misaligned) for x in big), *arguments,
+            rows, length, vocabulary, misaligned, *strides,
+            ALIGNED=aligned, VECTOR=vector, BLOCK=block, STAGES=1 + min(ahead, most),
+            **flags, **options,
+        )  # fmt: skip
+
+
+def _aligned_base(x: torch.Tensor, misaligned: int) -> torch.Tensor:
+    """A pointer to the 16-byte boundary `misaligned` elements before x; a storage starts at one."""
+    return x.as_strided((1,), (1,), x.storage_offset() - misaligned)
+
+
+def logps_forward(logits, tokens, index, first, logps, top, log_total, entropy):
+    """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward top and log_total."""
+    arguments = (
+        tokens.workspace, index, logps, top, log_total, entropy, tokens.tokens, first,
+    )  # fmt: skip
+    _launch(logps_forward_kernel, logits, None, arguments, entropy is not None)
+
+
+def logps_backward(
+    logits, dlogits, tokens, index, first, logps, top, log_total, entropy, grad_logps,
+    grad_entropy, upstream,
+):  # fmt: skip
+    """Write into dlogits upstream times the gradient of logps and, if given, of entropy (Eq. 8)."""
+    arguments = (
+        tokens.workspace, index, logps, top, log_total, entropy, grad_logps, grad_entropy,
+        upstream, tokens.tokens, first,
+    )  # fmt: skip
+    _launch(logps_backward_kernel, logits, dlogits, arguments, grad_entropy is not None)
+
+
+def one_pass(logits, dlogits, tokens, index, first, logps, entropy):
+    """Write Eq. 1 into logps, Eq. 3 into entropy and dL/dlogits (Eq. 7, 8) into dlogits."""
+    arguments = (
+        tokens.workspace, index, logps, entropy, tokens.tokens, first, tokens.parts,
+    )  # fmt: skip
+    _launch(
+        one_pass_kernel, logits, dlogits, arguments, entropy is not None, persistent=True,
+        ON_POLICY=tokens.on_policy, KL=KL_ESTIMATORS[tokens.kl],
+    )  # fmt: skip
+
+
+def scale(dlogits, upstream):
+    """Multiply dlogits in place by the 0-dim upstream; 1 reads and writes nothing."""
+    _launch(scale_kernel, dlogits, None, (upstream,))

@@ -1,0 +1,166 @@
+"""The options: GRPOConfig's, those of R²VPO, and which of GRPO's are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+from trl import GRPOConfig
+
+from ...checks import (
+    CENTERS,
+    RATIO_LEVELS,
+    Center,
+    check_choice,
+    check_number,
+    check_positive,
+    invalid,
+)
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+VarianceCoefMode = Literal["fixed", "dual", "fenchel"]
+VARIANCE_COEF_MODES: tuple[str, ...] = get_args(VarianceCoefMode)
+
+# The options that each mode reads.
+_OPTIONS_OF_MODE: dict[str, tuple[str, ...]] = {
+    "fixed": ("variance_coef",),
+    "dual": (
+        "variance_coef",
+        "variance_target",
+        "variance_coef_lr",
+        "variance_coef_min",
+        "variance_coef_max",
+    ),
+    "fenchel": ("variance_target",),
+}
+
+# The options of GRPO that would have no effect, and why.
+_REFUSED = {
+    "epsilon": "nothing is clipped, the penalty takes the place of the clip",
+    "epsilon_high": "nothing is clipped, the penalty takes the place of the clip",
+    "delta": "nothing is clipped, log_ratio_clamp bounds the ratio",
+    "off_policy_mask_threshold": "no sequence is left out for its divergence",
+    "top_entropy_quantile": "no token is left out for its entropy",
+    "use_bias_correction_kl": "the KL term is not multiplied by the ratio",
+    "use_liger_kernel": "the loss is not Liger's",
+}
+_REFUSED |= dict.fromkeys(
+    (
+        "use_adaptive_entropy",
+        "entropy_target",
+        "entropy_coef_min",
+        "entropy_coef_max",
+        "entropy_coef_delta",
+    ),
+    "entropy_coef stays what it is",
+)
+_REFUSED |= {
+    f.name: "loss_type is neither 'sapo' nor 'vespo'"
+    for f in fields(GRPOConfig)
+    if f.name.startswith(("sapo_", "vespo_"))
+}
+
+
+@dataclass
+class R2VPOConfig(GRPOConfig):
+    """GRPOConfig with the options of the R²VPO loss.
+
+    loss_type chooses how tokens are averaged, among "grpo", "bnpo", "dr_grpo", "dapo" and "luspo",
+    each with TRL's own denominator. beta is the coefficient of the KL term (k3), entropy_coef that
+    of the bonus (the mean over a micro-batch's tokens, whatever the loss type),
+    importance_sampling_level the level of the ratio, and the options of vLLM's
+    importance-sampling correction set the weights on the advantages. Options of GRPO that would
+    have no effect raise a ValueError.
+    """
+
+    variance_coef: float = field(
+        default=0.5,
+        metadata={
+            "help": "λ, the coefficient of the penalty λ(ρ - c)² on the importance ratio ρ; where "
+            "it starts with `variance_coef_mode='dual'`. The gradient of a token vanishes at "
+            "ρ = 1 + A/(2λ)."
+        },
+    )
+    variance_coef_mode: VarianceCoefMode = field(
+        default="fixed",
+        metadata={
+            "help": "How λ is set. 'fixed': `variance_coef`. 'dual': moved once per optimizer step "
+            "so that the ratio variance approaches `variance_target`; saved in checkpoints. "
+            "'fenchel': computed in closed form from the advantages of each generation batch, for "
+            "`variance_target`."
+        },
+    )
+    variance_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "The ratio variance to hold, above 0: E[(ρ - 1)²] for `center='one'`, the "
+            "variance of ρ within groups for `center='group'`. Needed by the modes 'dual' and "
+            "'fenchel'."
+        },
+    )
+    variance_coef_lr: float = field(
+        default=0.1,
+        metadata={
+            "help": "Step size of the dual: log λ moves by it times (variance / target - 1), of "
+            "which at most 1 counts."
+        },
+    )
+    variance_coef_min: float = field(
+        default=1e-3, metadata={"help": "Lower bound of λ in the mode 'dual'."}
+    )
+    variance_coef_max: float = field(
+        default=100.0, metadata={"help": "Upper bound of λ in the mode 'dual'."}
+    )
+    center: Center = field(
+        default="one",
+        metadata={
+            "help": "c in the penalty λ(ρ - c)². 'one': 1, the ratio's mean under the policy that "
+            "sampled. 'group': the mean of ρ over those completions of the same prompt that are in "
+            "the current micro-batch, on all ranks."
+        },
+    )
+    log_ratio_clamp: float = field(
+        default=20.0,
+        metadata={"help": "Bound on |log ρ| and on the exponent of the KL term, in nats."},
+    )
+    use_linear_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to compute log-probabilities and loss from hidden states and LM head "
+            "by this package's kernels, in place of TRL's. Text models with a plain linear head; "
+            "no DeepSpeed ZeRO-3, no FSDP1."
+        },
+    )
+    use_bias_correction_kl: bool = field(
+        default=False,
+        metadata={"help": "Not supported: the KL term is not multiplied by the importance ratio."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        check_choice("importance_sampling_level", self.importance_sampling_level, RATIO_LEVELS)
+        check_choice("center", self.center, CENTERS)
+        check_choice("variance_coef_mode", self.variance_coef_mode, VARIANCE_COEF_MODES)
+        for name, reason in _REFUSED.items():
+            self._expect_default(name, reason)
+        mode = self.variance_coef_mode
+        for name in _OPTIONS_OF_MODE["dual"]:
+            if name not in _OPTIONS_OF_MODE[mode]:
+                self._expect_default(name, f"variance_coef_mode {mode!r} does not read it")
+        check_number("variance_coef", self.variance_coef, 0.0)
+        if "variance_target" in _OPTIONS_OF_MODE[mode]:
+            if self.variance_target is None:
+                raise invalid(
+                    "variance_target", None, f"a number above 0 for variance_coef_mode {mode!r}"
+                )
+            check_positive("variance_target", self.variance_target)
+        if self.use_linear_loss:
+            self._expect_default("cast_lm_head_to_fp32", "use_linear_loss has no cast of its own")
+            if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
+                raise invalid("use_linear_loss", True, "False under DeepSpeed ZeRO-3")
+
+    def _expect_default(self, name: str, reason: str) -> None:
+        value, default = getattr(self, name), self.__dataclass_fields__[name].default
+        if value != default:
+            raise invalid(name, repr(value), f"{default!r}: {reason}")

@@ -1,0 +1,1 @@
+"""Where logits come from: each source with its autograd Functions, on top of the registered ops."""

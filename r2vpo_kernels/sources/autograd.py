@@ -1,0 +1,103 @@
+"""What the autograd Functions of all sources share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..batch import Batch
+
+
+class Result(NamedTuple):
+    """What a source finds: only `loss` is differentiable."""
+
+    loss: Tensor
+    stats: Tensor  # (3, groups): the fields of RatioStats
+    metrics: Tensor
+    logps: Tensor  # like labels
+    entropy: Tensor | None
+
+
+def graph_is_kept() -> bool:
+    """Whether this backward may run again, so that what was saved must stay as it is."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def refuse_double_backward(what: str = "the kernels have", needed: str = "backend='eager'") -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"r2vpo_kernels: {what} no second derivative; create_graph=True needs {needed}"
+        )
+
+
+def scale_saved_gradient(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """What forward found for an upstream gradient of 1, scaled; (B, T, V) like logits."""
+    if graph_is_kept():
+        gradient = gradient.clone()
+    ops.scale_(gradient, upstream, backend)
+    return gradient
+
+
+def takes_one_pass(
+    dtype: torch.dtype, call: ops.Call, sharded: bool, *inputs: Tensor | None
+) -> bool:
+    """Whether the one-pass kernel serves logits of this dtype, made of these inputs.
+
+    Each token's coefficient must depend on that token alone. Not float16: its gradients would
+    underflow before a loss scale reaches them. Not a shard: its coefficients wait for the other
+    ranks.
+    """
+    if not call.objective.separable or call.per_token or sharded or dtype == torch.float16:
+        return False
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def slopes_of(
+    ctx: Any, saved: list[Tensor], stats: Tensor, slopes: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """((2, N) dL/dlogp and dL/dH, what is still to multiply them with); `saved`: ops.SAVED."""
+    if upstream.dim() == 0:
+        return slopes, upstream
+    workspace, logps, *_, entropy = saved
+    groups = stats.shape[1]
+    *_, slopes = ops.finish(
+        workspace, logps, entropy, upstream, groups, *ctx.finish_options, True, ctx.backend
+    )
+    return slopes, None
+
+
+def row_gradients(ctx: Any, slopes: Tensor, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """(grad_logps, grad_entropy, upstream) as ops.BACKWARD has them."""
+    dlogps, dentropy = slopes.unbind()
+    return dlogps, dentropy if ctx.with_entropy else dentropy[:0], upstream
+
+
+def result(results: tuple[Tensor, ...], with_entropy: bool) -> Result:
+    """What an autograd Function returned: there an entropy that is not wanted is empty."""
+    loss, stats, metrics, logps, entropy = results
+    return Result(loss, stats, metrics, logps, entropy if with_entropy else None)
+
+
+def like_labels(
+    batch: Batch, logps: Tensor, entropy: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Flat values in the shape of labels."""
+    shape = batch.shape
+    return logps.reshape(shape), None if entropy is None else entropy.reshape(shape)
+
+
+def reference_loss(
+    logps: Tensor, entropy: Tensor | None, tokens: reference.Tokens, batch: Batch
+) -> Result:
+    """Eq. 5 in eager torch, from flat log-probs."""
+    per_token = batch.reduction == "none"
+    loss, stats, metrics = reference.evaluate(logps, entropy, tokens, per_token)
+    logps = logps.detach()
+    entropy = None if entropy is None else entropy.detach()
+    loss = loss.reshape(batch.shape) if per_token else loss
+    return Result(loss, stats, metrics, *like_labels(batch, logps, entropy))

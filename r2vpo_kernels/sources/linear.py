@@ -1,0 +1,510 @@
+"""Hidden states and the LM head: the logits of one chunk of tokens after another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from .. import ops, reference
+from ..backends import registry
+from ..backends.calls import Tokens
+from ..batch import Batch
+from ..checks import (
+    Backend,
+    check_device,
+    check_float,
+    check_labels,
+    check_number,
+    check_positive,
+    invalid,
+)
+from ..objective import Objective
+from .autograd import (
+    Result,
+    like_labels,
+    reference_loss,
+    refuse_double_backward,
+    result,
+    row_gradients,
+    scale_saved_gradient,
+    slopes_of,
+    takes_one_pass,
+)
+from .products import Head, Products
+from .shard import VocabularyShard
+
+# The ops; the gradients that are not `wanted` are empty. _HEAD: the fields of Head.
+
+_HEAD = """Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float logit_scale,
+    ScalarType dtype, int chunk_tokens, bool compact, bool[] wanted"""
+_HEAD_LENGTH = _HEAD.count(",") + 1
+_GRADIENTS = "Tensor, Tensor, Tensor"
+
+
+def _head_of(arguments: tuple[Any, ...]) -> tuple[Head, tuple[Any, ...]]:
+    """(those of _HEAD, the others)"""
+    return Head(*arguments[:_HEAD_LENGTH]), arguments[_HEAD_LENGTH:]
+
+
+def _check_head(head: Head) -> None:
+    hidden, weight, bias, wanted = head.hidden, head.weight, head.bias, head.wanted
+    if hidden.dim() != 2:
+        raise invalid("hidden", hidden, "shape (N, H)")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+        raise invalid("weight", weight, f"shape (V, {hidden.shape[1]})")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise invalid("bias", bias, f"shape ({weight.shape[0]},)")
+    if len(wanted) != 3 or (bias is None and wanted[2]):
+        raise invalid("wanted", wanted, "three booleans, of gradients that there are")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            check_device(name, value, hidden.device)
+
+
+def _check_call(head: Head, flat: tuple[Any, ...]) -> None:
+    _check_head(head)
+    hidden, call = head.hidden, ops.Call.of(flat)
+    ops.check_backend(call.backend, hidden.new_empty(0, dtype=head.dtype))
+    if call.batch.tokens != hidden.shape[0] or call.batch.labels is None:
+        raise invalid("labels", call.batch.labels, f"{hidden.shape[0]} integers")
+    call.check(hidden.device)
+
+
+def _prepare(
+    head: Head, layout: Tensor | None, flat: tuple[Any, ...]
+) -> tuple[Any, ops.Call, Tokens, Tensor, Tensor, Tensor]:
+    """(kernels, call, tokens, their activity, logps, entropy), zeros where no chunk comes."""
+    call = ops.Call.of(flat)
+    kernels, hidden = registry.load(call.backend), head.hidden
+    arguments = ops.arguments_of(call, hidden.device, head.weight.shape[0], layout)
+    activity = hidden.new_empty(call.batch.tokens, dtype=torch.uint8)
+    arguments.activity = activity
+    tokens = ops.prepare(kernels, call, arguments)
+    logps = hidden.new_zeros(call.batch.shape, dtype=torch.float32)
+    entropy = torch.zeros_like(logps) if call.with_entropy else logps.new_empty(0)
+    return kernels, call, tokens, activity, logps, entropy
+
+
+def _place(rows: slice | Tensor) -> tuple[Tensor | None, int]:
+    """(index, first): which tokens the rows of a chunk are, as the row kernels take it."""
+    return (None, rows.start) if isinstance(rows, slice) else (rows, 0)
+
+
+def _overwrite(kernel: Callable[..., None], logits: Tensor, *arguments: Any) -> None:
+    """Put the gradient over the logits, which no name in a caller then keeps alive."""
+    kernel(logits, logits, *arguments)
+
+
+def _empty_gradients(head: Head) -> tuple[Tensor, ...]:
+    return tuple(
+        x.new_empty(x.shape) if wants and x is not None else head.hidden.new_empty(0)
+        for x, wants in zip(head[:3], head.wanted, strict=True)
+    )
+
+
+def _check_forward(*arguments: Any) -> None:
+    head, (layout, *flat) = _head_of(arguments)
+    _check_call(head, tuple(flat))
+    ops.check_layout(layout)
+
+
+@ops.register(
+    "linear_logps_forward",
+    f"({_HEAD}, Tensor? layout, {ops.CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda hidden, *rest: ops.fake_forward(hidden, rest[_HEAD_LENGTH:]),
+    check=_check_forward,
+)
+def linear_logps_forward(*arguments: Any) -> Any:
+    """(workspace, logps, top, log2 total, entropy), as `logps_forward`."""
+    head, (layout, *flat) = _head_of(arguments)
+    kernels, call, tokens, activity, logps, entropy = _prepare(head, layout, tuple(flat))
+    # Without a gradient to come, all tokens that are not masked are alike.
+    products = Products(head, activity & 2)
+    top, log_total = torch.zeros_like(logps), torch.zeros_like(logps)
+    outputs = logps, top, log_total, entropy if call.with_entropy else None
+    for rows in products.gradient_chunks:
+        kernels.logps_forward(products.logits(rows), tokens, *_place(rows), *outputs)
+    return tokens.workspace, logps, top, log_total, entropy
+
+
+def _check_backward(*arguments: Any) -> None:
+    head, rest = _head_of(arguments)
+    _check_head(head)
+    *saved, grad_logps, grad_entropy, upstream, with_entropy, backend = rest
+    hidden = head.hidden
+    ops.check_backend(backend, hidden.new_empty(0, dtype=head.dtype))
+    names = ("workspace", "logps", "top", "log_total", "entropy")
+    ops.check_saved(
+        hidden.shape[0], hidden.device, with_entropy, grad_logps=grad_logps,
+        grad_entropy=grad_entropy, **dict(zip(names, saved, strict=True)),
+    )  # fmt: skip
+    if upstream is not None:
+        ops.check_is("upstream", upstream, torch.float32, hidden.device, ())
+
+
+@ops.register(
+    "linear_logps_backward",
+    f"({_HEAD}, {ops.BACKWARD}) -> ({_GRADIENTS})",
+    fake=lambda *arguments: _empty_gradients(_head_of(arguments)[0]),
+    check=_check_backward,
+)
+def linear_logps_backward(*arguments: Any) -> Any:
+    """The logits once more, and their gradient, of tokens that get one from above."""
+    head, rest = _head_of(arguments)
+    workspace, logps, top, log_total, entropy, grad_logps, grad_entropy, *options = rest
+    upstream, with_entropy, backend = options
+    kernels, tokens = registry.load(backend), ops.row_tokens(workspace, logps.numel())
+    idle = grad_logps.reshape(-1) == 0
+    if with_entropy:
+        idle = idle & (grad_entropy.reshape(-1) == 0)
+    activity = torch.where(tokens.labels < 0, 2, idle.to(torch.uint8))
+    products = Products(head, activity)
+    found = logps, top, log_total, entropy if with_entropy else None
+    gradients = grad_logps, grad_entropy if with_entropy else None, upstream
+    for rows in products.gradient_chunks:
+        _overwrite(
+            kernels.logps_backward, products.logits(rows), tokens, *_place(rows), *found, *gradients
+        )
+        products.add_gradients(rows)
+    return products.gradients()
+
+
+def _fake_one_pass(*arguments: Any) -> tuple[Tensor, ...]:
+    head, flat = _head_of(arguments)
+    _, logps, *_, entropy = ops.fake_forward(head.hidden, flat)
+    results = ops.empty_results(logps, ops.Call.of(flat).batch.num_groups, False)
+    return *results, logps, entropy, *_empty_gradients(head)
+
+
+@ops.register(
+    "linear_one_pass",
+    f"({_HEAD}, {ops.CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, {_GRADIENTS})",
+    fake=_fake_one_pass,
+    check=lambda *arguments: _check_call(*_head_of(arguments)),
+)
+def linear_one_pass(*arguments: Any) -> Any:
+    """(loss, stats, metrics, logps, entropy, and the gradients for an upstream of 1)."""
+    head, flat = _head_of(arguments)
+    kernels, call, tokens, activity, logps, entropy = _prepare(head, None, flat)
+    products = Products(head, activity)
+    wanted = entropy if call.with_entropy else None
+    for rows in products.gradient_chunks:
+        _overwrite(kernels.one_pass, products.logits(rows), tokens, *_place(rows), logps, wanted)
+        products.add_gradients(rows)
+    if products.forward_only_chunks:
+        unused = torch.empty_like(logps), torch.empty_like(logps)
+        for rows in products.forward_only_chunks:
+            kernels.logps_forward(
+                products.logits(rows), tokens, *_place(rows), logps, *unused, wanted
+            )
+    results = ops.finish_tokens(kernels, tokens, logps, wanted, False, False)
+    return *results, logps, entropy, *products.gradients()
+
+
+# The autograd Functions.
+
+
+def _forward(hidden, head, bias, options, shard, flat):
+    """Of all words, what `linear_logps_forward` finds with these rows of the head."""
+    nothing = [False] * 3
+    forward = functools.partial(linear_logps_forward, hidden, head, bias, *options, nothing)
+    if shard is None:
+        return forward(None, *flat)
+    return shard.combine(forward(shard.layout, *flat), head.shape[0], flat)
+
+
+def _backward(ctx, saved, *gradients):
+    """Of hidden states, head and bias, from those of log-probs and entropies."""
+    hidden, head, bias, *saved = saved
+    wanted = list(ctx.needs_input_grad[:3])
+    dhidden, *others = linear_logps_backward(
+        hidden, head, bias, *ctx.options, wanted, *saved, *gradients, ctx.with_entropy, ctx.backend
+    )
+    if ctx.shard is not None and wanted[0]:
+        # Each rank has found what comes from its own words.
+        dhidden = ctx.shard.sum(dhidden)
+    found = zip((dhidden, *others), wanted, strict=True)
+    return *(x if wants else None for x, wants in found), *[None] * ctx.others
+
+
+def _save(ctx, inputs, saved, options, shard, flat, others):
+    ctx.save_for_backward(*inputs, *saved)
+    ctx.options, ctx.shard = options, shard
+    ctx.with_entropy, ctx.backend = flat[-2:]
+    ctx.others = others + len(flat)
+
+
+class _LinearTokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, bias, options, shard, *flat):
+        saved = _forward(hidden, head, bias, options, shard, flat)
+        _save(ctx, (hidden, head, bias), saved, options, shard, flat, 2)
+        _, logps, _, _, entropy = saved
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropy):
+        refuse_double_backward()
+        upstream = grad_logps.contiguous(), grad_entropy.contiguous(), None
+        return _backward(ctx, ctx.saved_tensors, *upstream)
+
+
+class _LinearGeneral(torch.autograd.Function):
+    """As _General of logits.py: the logits are computed once more in backward."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, head, bias, options, shard, with_slopes, groups, finish_options, *flat
+    ):
+        saved = _forward(hidden, head, bias, options, shard, flat)
+        workspace, logps, _, _, entropy = saved
+        loss, stats, metrics, slopes = ops.finish(
+            workspace, logps, entropy, None, groups, *finish_options, with_slopes, flat[-1]
+        )
+        _save(ctx, (hidden, head, bias), (*saved, stats, slopes), options, shard, flat, 5)
+        ctx.finish_options = finish_options
+        ctx.mark_non_differentiable(stats, metrics, logps, entropy)
+        ctx.set_materialize_grads(False)
+        return loss, stats, metrics, logps, entropy
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        refuse_double_backward()
+        *saved, stats, slopes = ctx.saved_tensors
+        gradients = row_gradients(ctx, *slopes_of(ctx, saved[3:], stats, slopes, upstream))
+        return _backward(ctx, saved, *gradients)
+
+
+class _LinearOnePass(torch.autograd.Function):
+    """As _OnePass of logits.py: forward finds the gradients."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, bias, options, wanted, *flat):
+        *results, dhidden, dhead, dbias = linear_one_pass(
+            hidden, head, bias, *options, wanted, *flat
+        )
+        ctx.save_for_backward(dhidden, dhead, dbias)
+        ctx.backend, ctx.others = flat[-1], 2 + len(flat)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        refuse_double_backward()
+        gradients: list[Tensor | None] = []
+        for gradient, wants in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
+            if wants:
+                rows = gradient.view(1, -1, gradient.shape[-1])
+                scaled = scale_saved_gradient(rows, upstream, ctx.backend)
+                gradients.append(scaled.view_as(gradient))
+            else:
+                gradients.append(None)
+        return *gradients, *[None] * ctx.others
+
+
+@dataclass(frozen=True)
+class LinearLogits:
+    """The logits of hidden states (N, H) by a head (V, H), which do not exist as a whole."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    dtype: torch.dtype  # of the products and of the logits
+    chunk_tokens: int  # 0: by CHUNK_BYTES
+    compact: bool
+    backend: str
+    shard: VocabularyShard | None = None
+
+    @staticmethod
+    def build(
+        hidden: Tensor,
+        weight: Tensor | nn.Module,
+        labels: Tensor,
+        *,
+        bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        chunk_tokens: int | None,
+        compact: bool,
+        sharded: bool,
+        backend: Backend,
+    ) -> LinearLogits:
+        _check_dense("hidden", hidden)
+        if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
+            raise invalid("hidden", hidden, "shape (B, T, H), or (N, H) packed, with H at least 1")
+        width = hidden.shape[-1]
+        check_labels(labels, hidden.shape[:-1], "hidden less H")
+        weight, bias = _head(weight, bias)
+        for name, value in (("weight", weight), ("bias", bias)):
+            if sharded and isinstance(value, DTensor):
+                raise invalid(name, "a DTensor", "this rank's rows (to_local()) with tp_group")
+        weight = _gathered(weight, hidden.dtype)
+        _check_dense("weight", weight)
+        if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+            raise invalid("weight", weight, f"shape (V, {width}), H that of hidden")
+        if bias is not None:
+            bias = _gathered(bias, hidden.dtype)
+            _check_dense("bias", bias)
+            if bias.shape != weight.shape[:1]:
+                raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
+        dtype = _common_dtype(hidden, weight, bias)
+        if softcap is not None:
+            check_positive("softcap", softcap)
+        check_number("logit_scale", logit_scale)
+        whole = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool)
+        if chunk_tokens is not None and not (whole and chunk_tokens >= 1):
+            raise invalid("chunk_tokens", chunk_tokens, "a whole number of at least 1, or None")
+        if not isinstance(compact, bool):
+            raise TypeError(f"compact: got {type(compact).__name__}, expected True or False")
+        return LinearLogits(
+            hidden.reshape(-1, width),
+            weight,
+            bias,
+            None if softcap is None else float(softcap),
+            float(logit_scale),
+            dtype,
+            chunk_tokens or 0,
+            compact,
+            registry.choose_backend(backend, hidden),
+        )
+
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
+
+    def of_shard(self, shard: VocabularyShard) -> LinearLogits:
+        return replace(self, shard=shard)
+
+    @property
+    def vocabulary(self) -> int:
+        """Of the shard, if it is one."""
+        return self.weight.shape[0]
+
+    @property
+    def like(self) -> Tensor:
+        """What has the dtype and the device of the rest."""
+        return self.hidden
+
+    @property
+    def compatibility_key(self) -> str:
+        """What has to be alike where shards meet: the last, for the gradient is summed."""
+        sums = torch.is_grad_enabled() and self.hidden.requires_grad
+        options = f"bias {self.bias is not None}, softcap {self.softcap}, scale {self.logit_scale}"
+        return f"{self.dtype}, {self.backend}, {options}, gradient of hidden {sums}"
+
+    def loss(self, batch: Batch, objective: Objective, with_entropy: bool) -> Result:
+        """Eq. 5 by the shortest route."""
+        if self.backend == "eager":
+            return reference_loss(*self._reference_logps(batch, objective, with_entropy), batch)
+        call = ops.Call(batch, objective, with_entropy, self.backend)
+        flat = call.flat(self.hidden)
+        inputs = self.hidden, self.weight, self.bias
+        wanted = [x is not None and x.requires_grad for x in inputs]
+        if takes_one_pass(self.dtype, call, self.shard is not None, *inputs):
+            results = _LinearOnePass.apply(*inputs, self._options, wanted, *flat)
+        else:
+            with_slopes = torch.is_grad_enabled() and any(wanted) and not call.per_token
+            results = _LinearGeneral.apply(
+                *inputs,
+                self._options,
+                self.shard,
+                with_slopes,
+                batch.num_groups,
+                ops.finish_options(call),
+                *flat,
+            )
+        return result(results, with_entropy)
+
+    def token_logps(
+        self, batch: Batch, objective: Objective, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Eq. 1 and Eq. 3, differentiable: (logps, entropy or None), like labels."""
+        if self.backend == "eager":
+            logps, entropy, _ = self._reference_logps(batch, objective, with_entropy)
+            return like_labels(batch, logps, entropy)
+        call = ops.Call(batch, objective, with_entropy, self.backend)
+        logps, entropy = _LinearTokenLogps.apply(
+            self.hidden, self.weight, self.bias, self._options, self.shard, *call.flat(self.hidden)
+        )
+        return logps, entropy if with_entropy else None
+
+    def _reference_logps(
+        self, batch: Batch, objective: Objective, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None, reference.Tokens]:
+        weight, bias, shard = self.weight, self.bias, self.shard
+        vocabulary = self.vocabulary if shard is None else ops.UNKNOWN_VOCABULARY
+        tokens = reference.Tokens.of(batch, objective, self.hidden, vocabulary)
+        labels = tokens.labels
+        hidden = torch.where((labels >= 0)[:, None], self.hidden, 0)
+        if shard is not None:
+            labels, weight = shard.checked(labels, self.vocabulary), shard.gather(weight, 0)
+            bias = None if bias is None else shard.gather(bias, 0)
+        logits = reference.linear_logits(hidden, weight, bias, self.softcap, self.logit_scale)
+        logps = reference.token_logps(logits, labels, tokens.temperature, with_entropy)
+        return *logps, tokens
+
+
+def _head(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A head that is given as a module brings its own bias, and must be no more than linear."""
+    if not isinstance(weight, nn.Module):
+        return weight, bias
+    # An adapter has a class of its own, a patch is an attribute, and so is a weight that a hook
+    # makes (weight_norm, prune).
+    if (
+        not isinstance(weight, nn.Linear)
+        or type(weight).forward is not nn.Linear.forward
+        or any(name in weight.__dict__ for name in ("forward", "weight", "bias"))
+    ):
+        raise TypeError(
+            f"weight: got a {type(weight).__module__}.{type(weight).__qualname__} that may compute "
+            "more than torch.nn.Linear, expected a tensor (V, H) or a plain torch.nn.Linear: merge "
+            "and unload an adapter first, or give r2vpo_loss the logits"
+        )
+    if bias is not None:
+        raise invalid("bias", bias, "None where weight is a module, which brings its own")
+    return weight.weight, weight.bias
+
+
+def _gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sharded parameter (FSDP2) as a whole, in the dtype that FSDP2's mixed precision would have.
+
+    Its gradient is reduced to the ranks' mean. That is what FSDP2 makes of every other gradient,
+    and what ranks that computed the same (tensor parallelism) must make of theirs.
+    """
+    if not isinstance(x, DTensor):
+        return x
+    cast_first = cast(DTensor, x.to(dtype))
+    return cast_first.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    check_float(name, value)
+    # A tensor that holds others: quantised, or distributed.
+    wraps = hasattr(value, "__tensor_flatten__")
+    if wraps or value.layout != torch.strided or value.is_quantized:
+        kind = type(value).__name__ if wraps else f"{value.layout} {value.dtype} tensor"
+        raise TypeError(f"{name}: got a {kind}, expected a plain, dense tensor of floats")
+
+
+def _common_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """That of all three; under autocast its own, as `torch.nn.functional.linear` has it."""
+    named = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, value in named.items():
+        check_device(name, value, hidden.device)
+    kind = hidden.device.type
+    # Of a device that knows no autocast, torch raises when it is asked.
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    casts = casts and hidden.dtype != torch.float64
+    for name, value in named.items():
+        if value.dtype != hidden.dtype and not (casts and value.dtype in registry.KERNEL_DTYPES):
+            raise invalid(name, value, f"{hidden.dtype}, the dtype of hidden, or autocast")
+    return torch.get_autocast_dtype(kind) if casts else hidden.dtype

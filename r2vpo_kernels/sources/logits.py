@@ -1,0 +1,224 @@
+"""Logits that are there as a whole, or a rank's shard of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..backends import registry
+from ..batch import Batch
+from ..checks import Backend, check_float, check_labels, invalid
+from ..objective import Objective
+from .autograd import (
+    Result,
+    graph_is_kept,
+    like_labels,
+    reference_loss,
+    refuse_double_backward,
+    result,
+    row_gradients,
+    scale_saved_gradient,
+    slopes_of,
+    takes_one_pass,
+)
+from .shard import VocabularyShard
+
+
+class _OnePass(torch.autograd.Function):
+    """The kernel finds the gradient in forward.
+
+    It runs in here because autograd has noted by now where `logits` come from: mutated before, a
+    view would be reached by as_strided, whose backward makes two more of it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, inplace, *flat):
+        values = logits.detach()
+        if inplace:
+            results, dlogits = ops.one_pass_(values, *flat), values
+        else:
+            *results, dlogits = ops.one_pass(values, *flat)
+        ctx.save_for_backward(dlogits)
+        ctx.backend, ctx.others = flat[-1], 1 + len(flat)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        refuse_double_backward()
+        (dlogits,) = ctx.saved_tensors
+        return scale_saved_gradient(dlogits, upstream, ctx.backend), *[None] * ctx.others
+
+
+def _logps_forward(logits, shard, flat):
+    """Of all words, what `logps_forward` finds in these logits."""
+    if shard is None:
+        return ops.logps_forward(logits, None, *flat)
+    return shard.combine(ops.logps_forward(logits, shard.layout, *flat), logits.shape[-1], flat)
+
+
+def _logps_backward(ctx, logits, *arguments):
+    if ctx.inplace and not graph_is_kept():
+        dlogits = logits.detach()
+        ops.logps_backward_(dlogits, *arguments)
+        return dlogits
+    return ops.logps_backward(logits, *arguments)
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, inplace, shard, *flat):
+        workspace, *saved = _logps_forward(logits, shard, flat)
+        ctx.save_for_backward(logits, workspace, *saved)
+        ctx.inplace, ctx.options, ctx.others = inplace, flat[-2:], 2 + len(flat)
+        logps, _, _, entropy = saved
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropy):
+        refuse_double_backward()
+        logits, *saved = ctx.saved_tensors
+        # An upstream gradient may be expanded or strided.
+        upstream = grad_logps.contiguous(), grad_entropy.contiguous(), None
+        dlogits = _logps_backward(ctx, logits, *saved, *upstream, *ctx.options)
+        return dlogits, *[None] * ctx.others
+
+
+class _General(torch.autograd.Function):
+    """From log-probs: the rows' gradient waits for backward.
+
+    With a summed loss forward leaves dL/dlogp and dL/dH for an upstream of 1; with one loss for
+    each token `finish` runs once more in backward, with its upstream gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, inplace, shard, with_slopes, groups, finish_options, *flat):
+        saved = _logps_forward(logits, shard, flat)
+        workspace, logps, _, _, entropy = saved
+        with_entropy, backend = flat[-2:]
+        loss, stats, metrics, slopes = ops.finish(
+            workspace, logps, entropy, None, groups, *finish_options, with_slopes, backend
+        )
+        ctx.save_for_backward(logits, *saved, stats, slopes)
+        ctx.inplace, ctx.with_entropy, ctx.backend = inplace, with_entropy, backend
+        ctx.finish_options, ctx.others = finish_options, 5 + len(flat)
+        ctx.mark_non_differentiable(stats, metrics, logps, entropy)
+        ctx.set_materialize_grads(False)
+        return loss, stats, metrics, logps, entropy
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        refuse_double_backward()
+        logits, *saved, stats, slopes = ctx.saved_tensors
+        gradients = row_gradients(ctx, *slopes_of(ctx, saved, stats, slopes, upstream))
+        dlogits = _logps_backward(ctx, logits, *saved, *gradients, ctx.with_entropy, ctx.backend)
+        return dlogits, *[None] * ctx.others
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits (B, T, V) that are there as a whole, or this rank's shard of them."""
+
+    logits: Tensor
+    inplace: bool
+    backend: str
+    shard: VocabularyShard | None = None
+
+    @staticmethod
+    def build(logits: Tensor, labels: Tensor, inplace: bool, backend: Backend) -> Logits:
+        """A packed batch becomes one row of tokens."""
+        check_float("logits", logits)
+        if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
+            raise invalid(
+                "logits", logits, "shape (B, T, V), or (N, V) packed, with V of at least 1"
+            )
+        check_labels(labels, logits.shape[:-1], "logits less V")
+        if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+            raise invalid("logits", f"stride {logits.stride(-1)} over V", "a contiguous vocabulary")
+        if inplace:
+            _check_inplace(logits)
+        chosen = registry.choose_backend(backend, logits)
+        if chosen != "eager" and not torch.compiler.is_compiling():
+            ops.check_memory("logits", logits)
+            ops.check_alignment("logits", logits, chosen)
+        return Logits(logits if logits.dim() == 3 else logits.unsqueeze(0), inplace, chosen)
+
+    def of_shard(self, shard: VocabularyShard) -> Logits:
+        return replace(self, shard=shard)
+
+    @property
+    def vocabulary(self) -> int:
+        """Of the shard, if it is one."""
+        return self.logits.shape[-1]
+
+    @property
+    def like(self) -> Tensor:
+        """What has the dtype and the device of the rest."""
+        return self.logits
+
+    @property
+    def compatibility_key(self) -> str:
+        """What has to be alike where shards meet."""
+        return f"{self.logits.dtype}, {self.backend}"
+
+    def loss(self, batch: Batch, objective: Objective, with_entropy: bool) -> Result:
+        """Eq. 5 by the shortest route."""
+        logits = self.logits
+        if self.backend == "eager":
+            return reference_loss(*self._reference_logps(batch, objective, with_entropy), batch)
+        call = ops.Call(batch, objective, with_entropy, self.backend)
+        flat = call.flat(logits)
+        if takes_one_pass(logits.dtype, call, self.shard is not None, logits):
+            # Where a compiler decides what is mutated, the permission goes unused.
+            inplace = self.inplace and not torch.compiler.is_compiling()
+            results = _OnePass.apply(logits, inplace, *flat)
+        else:
+            with_slopes = torch.is_grad_enabled() and logits.requires_grad and not call.per_token
+            results = _General.apply(
+                logits,
+                self.inplace,
+                self.shard,
+                with_slopes,
+                batch.num_groups,
+                ops.finish_options(call),
+                *flat,
+            )
+        return result(results, with_entropy)
+
+    def token_logps(
+        self, batch: Batch, objective: Objective, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Eq. 1 and Eq. 3, differentiable: (logps, entropy or None), like labels."""
+        if self.backend == "eager":
+            logps, entropy, _ = self._reference_logps(batch, objective, with_entropy)
+            return like_labels(batch, logps, entropy)
+        call = ops.Call(batch, objective, with_entropy, self.backend)
+        flat = call.flat(self.logits)
+        logps, entropy = _TokenLogps.apply(self.logits, self.inplace, self.shard, *flat)
+        return logps, entropy if with_entropy else None
+
+    def _reference_logps(
+        self, batch: Batch, objective: Objective, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None, reference.Tokens]:
+        logits, shard = self.logits, self.shard
+        vocabulary = self.vocabulary if shard is None else ops.UNKNOWN_VOCABULARY
+        tokens = reference.Tokens.of(batch, objective, logits, vocabulary)
+        labels = tokens.labels
+        if shard is not None:
+            logits, labels = shard.gather(logits, -1), shard.checked(labels, self.vocabulary)
+        logps = reference.token_logps(logits, labels, tokens.temperature, with_entropy)
+        return *logps, tokens
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise invalid("inplace", True, "False for a leaf or a view of one, whose values must stay")
+    if ops.rows_overlap(logits):
+        raise invalid("inplace", True, "False for logits whose rows share memory")

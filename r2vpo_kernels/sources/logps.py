@@ -1,0 +1,90 @@
+"""Log-probs that are already at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..backends import registry
+from ..batch import Batch
+from ..checks import Backend, check_float, invalid
+from ..objective import Objective
+from .autograd import Result, reference_loss, refuse_double_backward, result, slopes_of
+
+
+class _FromLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logps, entropy, with_slopes, groups, finish_options, *flat):
+        with_entropy, backend = flat[-2:]
+        ctx.like = logps.dtype, None if entropy is None else entropy.dtype
+        workspace, logps, entropy = ops.prepare_logps(logps, entropy, *flat)
+        loss, stats, metrics, slopes = ops.finish(
+            workspace, logps, entropy, None, groups, *finish_options, with_slopes, backend
+        )
+        ctx.save_for_backward(workspace, logps, entropy, stats, slopes)
+        ctx.with_entropy, ctx.backend = with_entropy, backend
+        ctx.finish_options, ctx.others = finish_options, 3 + len(flat)
+        ctx.mark_non_differentiable(stats, metrics, logps, entropy)
+        ctx.set_materialize_grads(False)
+        return loss, stats, metrics, logps, entropy
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        refuse_double_backward()
+        *saved, stats, slopes = ctx.saved_tensors
+        logps = saved[1]
+        slopes, remaining = slopes_of(ctx, saved, stats, slopes, upstream)
+        if remaining is not None:
+            slopes = slopes * remaining
+        gradients = [
+            slope.reshape(logps.shape).to(dtype) if needed and dtype is not None else None
+            for slope, dtype, needed in zip(slopes, ctx.like, ctx.needs_input_grad[:2], strict=True)
+        ]
+        return *gradients, *[None] * ctx.others
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Log-probs (B, T) or (N,) of any float dtype, and entropies or None."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    backend: str
+
+    @staticmethod
+    def build(logps: Tensor, entropy: Tensor | None, backend: Backend) -> LogProbs:
+        check_float("logps", logps)
+        if logps.dim() not in (1, 2):
+            raise invalid("logps", logps, "shape (B, T), or (N,) packed")
+        if entropy is not None:
+            check_float("entropy", entropy)
+            if entropy.shape != logps.shape:
+                raise invalid("entropy", entropy, f"shape {tuple(logps.shape)}, that of logps")
+        return LogProbs(logps, entropy, registry.choose_backend(backend, logps))
+
+    def loss(self, batch: Batch, objective: Objective) -> Result:
+        logps, entropy = self.logps, self.entropy
+        with_entropy = entropy is not None
+        if self.backend == "eager":
+            tokens = reference.Tokens.of(batch, objective, logps)
+
+            def flat(x: Tensor) -> Tensor:
+                return torch.where(tokens.valid, x.reshape(-1).to(tokens.weight.dtype), 0.0)
+
+            flat_entropy = None if entropy is None else flat(entropy)
+            return reference_loss(flat(logps), flat_entropy, tokens, batch)
+        call = ops.Call(batch, objective, with_entropy, self.backend)
+        wanted = logps.requires_grad or (entropy is not None and entropy.requires_grad)
+        with_slopes = torch.is_grad_enabled() and wanted and not call.per_token
+        results = _FromLogps.apply(
+            logps,
+            entropy,
+            with_slopes,
+            batch.num_groups,
+            ops.finish_options(call),
+            *call.flat(logps),
+        )
+        return result(results, with_entropy)

@@ -1,0 +1,90 @@
+"""The gate without a GPU: what is launched, compiled ahead of time for real targets."""
+
+import json
+
+import pytest
+from support.aot import REPORTS, TARGETS, compilation, name
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def report(request):
+    run = compilation(request.param)
+    assert run.returncode == 0, run.stderr[-4000:]
+    REPORTS[request.param] = json.loads(run.stdout)
+    return REPORTS[request.param], TARGETS[request.param][1]
+
+
+def row_kernels(kernels):
+    return [k for k in kernels if "vocabulary" in k]
+
+
+def test_every_kernel_was_compiled_once(report):
+    kernels, _ = report
+    rows = row_kernels(kernels)
+    assert len({k["kernel"] for k in rows}) == 4
+    # Two alignments, with entropy or without; float16 has no one-pass and nothing to scale.
+    assert len(rows) == 2 * 2 * (4 + 4 + 2)
+    tokens = [k for k in kernels if "variant" in k]
+    assert len({k["kernel"] for k in tokens}) == 5
+    # Sequences and units of one token; the plain loss needs no means.
+    assert len(tokens) == 2 * (4 + 5 + 5)
+    assert all(k["recompiled"] == 0 for k in kernels), "a size or a stride was specialised on"
+
+
+def test_no_register_spills(report):
+    kernels, _ = report
+    assert {name(k): k["spills"] for k in kernels if k["spills"]} == {}
+
+
+def test_shared_memory_and_threads_are_within_the_limits(report):
+    kernels, limit = report
+    assert {name(k): k["shared"] for k in kernels if k["shared"] > limit} == {}
+    assert {name(k): k["threads"] for k in kernels if k["threads"] > 1024} == {}
+
+
+def test_no_maximum_drops_a_nan(report):
+    kernels, _ = report
+    assert {name(k): k["loses_nan"] for k in kernels if k["loses_nan"]} == {}
+
+
+def test_the_label_is_read_before_a_barrier(report):
+    """In place its logit is overwritten after: without one between, by a thread that is ahead."""
+    kernels, _ = report
+    for k in row_kernels(kernels):
+        if name(k) in ("one_pass_kernel bfloat16", "one_pass_kernel bfloat16 entropy"):
+            assert k["label_first"], name(k)
+
+
+# How often a kernel looks at a row, and how many numbers per token it may load and store.
+LOOKS = {
+    "logps_forward_kernel": (1, 3, 4),
+    "logps_backward_kernel": (1, 10, 0),
+    "one_pass_kernel": (2, 14, 2),
+    "scale_kernel": (1, 1, 0),
+}
+
+
+def test_accesses_to_logits_are_16_bytes_wide(report):
+    """Of a row only the label's logit is read in less, and the edges of a row that is peeled.
+
+    A peeled row's edge blocks take one narrow access for each of a thread's 8 columns; its body and
+    every aligned row take 16 bytes at a time.
+    """
+    kernels, _ = report
+    element = {"bfloat16": 2, "float16": 2, "float32": 4}
+    for k in row_kernels(kernels):
+        looks, per_token_loads, per_token_stores = LOOKS[k["kernel"]]
+        size = element[k["dtype"]]
+        edges = 0 if k["vocabulary"] == 151936 else 8
+        # A compiler may unroll the walk once.
+        narrow = 2 * looks * edges + (k["kernel"] in ("logps_forward_kernel", "one_pass_kernel"))
+        if size == 4:
+            narrow += per_token_loads
+        assert k["loads"].count(size) <= narrow, name(k)
+        assert k["loads"].count(16) >= looks, name(k)
+        if k["kernel"] == "logps_forward_kernel":
+            continue
+        # The gradient, and the zeros of a row of weight zero, which the compiler unrolls.
+        narrow = 4 * edges + (per_token_stores if size == 4 else 0)
+        assert k["stores"].count(size) <= narrow, name(k)
+        assert k["stores"].count(16) >= 1, name(k)

@@ -1,0 +1,383 @@
+"""The registered ops: opcheck, torch.compile with fullgraph, recompilations, backward."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import KERNELS
+from support.ops import COMPILER, check_op
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from r2vpo_kernels import (
+    VarianceConstraint,
+    checks,
+    ops,
+    r2vpo_loss,
+    r2vpo_loss_from_logps,
+    token_logps,
+)
+from r2vpo_kernels.backends import registry, triton
+from r2vpo_kernels.batch import Batch
+from r2vpo_kernels.objective import Objective
+
+V = 40
+
+
+def tensors(device, batch=3, length=4, dtype=torch.float32):
+    torch.manual_seed(batch * length)
+    logits = torch.randn(batch, length, V, device=device).to(dtype)
+    labels = torch.randint(0, V, (batch, length), device=device)
+    labels[0, 0] = -100
+    # A copy: for a graph input whose stride alone is symbolic, torch 2.13's dynamo can fail to make
+    # guards ("sources must not be empty"), depending on the hash seed.
+    return (
+        logits,
+        labels,
+        torch.full_like(labels, -3.0, dtype=torch.float32),
+        logits[:, 0, 0].float().clone(),
+    )
+
+
+def op_arguments(device, kernels, dtype=torch.bfloat16, with_entropy=True):
+    """Good arguments of each op of a call with everything, as an autograd Function gives them."""
+    logits, labels, old_logps, advantages = tensors(device, dtype=dtype)
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    number = torch.tensor(0.3, device=device)
+    ids = torch.zeros(3, dtype=torch.int32, device=device)
+    batch = Batch(labels.shape, labels, mask, -100, None, ids, 2, 0, "token-mean", number + 5)
+    objective = Objective(
+        advantages, old_logps, number, torch.ones(2, device=device), "token", old_logps * 0 + 1,
+        old_logps - 0.1, 0.1, "k3", 0.1, advantages * 0 + 1.0, 20.0,
+    )  # fmt: skip
+    call = ops.Call(batch, objective, with_entropy, kernels)
+    flat = call.flat(logits)
+    saved = ops.logps_forward(logits, None, *flat)
+    workspace, logps, _, _, entropy = saved
+    gradients = logps, entropy, number, with_entropy, kernels
+    backward = (*(x.clone() for x in saved), *gradients)
+    call.batch = dataclasses.replace(batch, labels=None)
+    given = logps if with_entropy else None, *call.flat(logps)
+    finish = workspace.clone(), logps, entropy, old_logps, 2, *ops.finish_options(call)
+    return logits, {
+        "check": (advantages, advantages > -100, advantages, "x", "more"),
+        "logps_forward": (logits, None, *flat),
+        "logps_backward": (logits, *backward),
+        "logps_backward_": (logits.clone(), *backward),
+        "one_pass": (logits, *flat),
+        "one_pass_": (logits.clone(), *flat),
+        "scale_": (logits.clone(), number, kernels),
+        "prepare": (logps, *given),
+        "finish": (*finish, True, kernels),
+    }
+
+
+OPS = (
+    "logps_forward", "logps_backward", "logps_backward_", "one_pass", "one_pass_", "scale_",
+    "prepare", "finish",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("name", ["check", *OPS])
+def test_opcheck(kernels, device, name, with_entropy):
+    _, arguments = op_arguments(device, kernels, torch.float32, with_entropy)
+    check_op(name, arguments[name])
+
+
+def broken(value):
+    """What is wrong about a tensor, by name; none of it may reach a kernel."""
+    if value.is_floating_point():
+        yield "complex numbers", value.to(torch.complex64)
+    else:
+        yield "floats", value.float()
+    yield "another shape", torch.cat([value.reshape(-1)] * 2)
+    freed = value.clone()
+    freed.untyped_storage().resize_(value.element_size() // 2)
+    yield "memory given back", freed
+    if value.dim() == 3:
+        yield "no vocabulary", value[..., :0]
+        yield "a strided vocabulary", value.transpose(1, 2)
+
+
+# Any dtype is read, and a mask of floats is one.
+READ_AS_THEY_COME = {("mask", "floats"), ("mask", "complex numbers")}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_kernel_is_reached_with_an_argument_that_is_wrong(op, kernels, device, monkeypatch):
+    """Whoever calls an op: for each of its tensors, and each way in which it can be wrong."""
+    _, arguments = op_arguments(device, kernels)
+
+    class Trap:
+        SIMULATED = EMULATED = True
+
+        def __getattr__(self, name):
+            raise AssertionError(f"{name} was reached")
+
+    monkeypatch.setattr(registry, "_imported", lambda backend: Trap())
+    call, good = getattr(torch.ops.r2vpo_kernels, op), list(arguments[op])
+    names = [argument.name for argument in call.default._schema.arguments]
+    seen = set()
+    for at, (name, value) in enumerate(zip(names, good, strict=True)):
+        if isinstance(value, torch.Tensor):
+            bad = dict(broken(value))
+        else:
+            choices = {"backend": "auto", "kl": "k4", "kl_estimator": "k4", "ratio_level": "word"}
+            bad = {"unknown": choices[name]} if name in choices else {}
+        for what, wrong in bad.items():
+            if (name, what) in READ_AS_THEY_COME:
+                continue
+            # Kernels that do not take such an input are not available for it; of two shapes that
+            # do not fit either may be named.
+            named = f"({name}|backend|shape|workspace)" if at == 0 or name == "logps" else name
+            with pytest.raises((ValueError, TypeError), match=f"^{named}: "):
+                call(*good[:at], wrong, *good[at + 1 :])
+            seen.add(name)
+    tensors_of = {
+        n for n, value in zip(names, good, strict=True) if isinstance(value, torch.Tensor)
+    }
+    assert seen >= tensors_of
+    with pytest.raises(AssertionError, match="was reached"):
+        call(*good)
+
+
+@pytest.mark.parametrize("op", [name for name in OPS if name.endswith("_")])
+def test_rows_that_share_memory_are_not_overwritten(op, kernels, device):
+    _, arguments = op_arguments(device, kernels)
+    logits, *rest = arguments[op]
+    shared = logits[:, :1].expand_as(logits)
+    with pytest.raises(ValueError, match="share memory"):
+        getattr(torch.ops.r2vpo_kernels, op)(shared, *rest)
+
+
+def test_tensors_on_two_devices_are_refused(kernels, device):
+    # Not through the dispatcher, which answers for a meta tensor itself.
+    labels = torch.zeros(3, 4, dtype=torch.long, device="meta")
+    call = ops.Call(Batch(labels.shape, labels), Objective(), False, kernels)
+    with pytest.raises(ValueError, match=r"^labels: got .* on meta, expected .* on c"):
+        call.check(device)
+
+
+def test_the_empty_gradient_lies_as_its_logits_do():
+    """Rows at the same place within 16 bytes, for every view; contiguous for contiguous logits."""
+    for dtype in (torch.bfloat16, torch.float32):
+        word = 16 // dtype.itemsize
+        for vocabulary in (1, 7, 16, 33):
+            base = torch.zeros(4, 6, vocabulary, dtype=dtype)
+            views = [base, base[:, :-1], base[:, 1:], base[1:], base[::2], base.transpose(0, 1)]
+            views += [base[:1].expand(4, 6, vocabulary), base[:1], base[:, :1]]
+            for logits in views:
+                gradient = ops.empty_gradient(logits)
+                assert gradient.shape == logits.shape
+                for b in range(logits.shape[0]):
+                    for t in range(logits.shape[1]):
+                        ours, theirs = gradient[b, t], logits[b, t]
+                        assert (ours.storage_offset() - theirs.storage_offset()) % word == 0
+                # No two elements share memory.
+                gradient.copy_(torch.arange(gradient.numel()).reshape(gradient.shape) % 97)
+                assert (gradient.reshape(-1).float() == torch.arange(logits.numel()) % 97).all()
+            assert ops.empty_gradient(base).is_contiguous()
+
+
+ROUTES = {
+    "one pass": {},
+    "in place": {"inplace": True},
+    "entropy and KL": {"entropy_coef": 0.1, "kl_coef": 0.1},
+    "group": {"center": "group", "group_size": 1},
+    "sequence": {"ratio_level": "sequence", "reduction": "seq-mean-token-mean"},
+    "none": {"reduction": "none"},
+}
+
+
+def routes():
+    """Every route under aot_eager, and one of each kind under the default compiler.
+
+    What is traced is the same for all kernels: a backend is a string that an op takes.
+    """
+    own = "cpp" if "cpp" in KERNELS else "triton"
+    every = [(backend, name) for backend in ("eager", own) for name in ROUTES]
+    every += [(backend, "one pass") for backend in KERNELS if backend != own]
+    for backend, name in every:
+        yield pytest.param(backend, name, "aot_eager", id=f"{backend}-{name}")
+    for backend, name in (("eager", "group"), ("triton", "one pass"), ("auto", "entropy and KL")):
+        yield pytest.param(backend, name, COMPILER, id=f"{backend}-{name}-{COMPILER}")
+
+
+@pytest.mark.parametrize("backend, name, compiler", list(routes()))
+def test_fullgraph_with_at_most_one_extra_compilation(device, backend, name, compiler):
+    """Shapes, λ and temperature change between calls; all results stay those of eager mode."""
+    keywords = ROUTES[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(compiler)
+
+    def call(logits, labels, old_logps, advantages, coef, temperature):
+        out = r2vpo_loss(
+            logits * 1, labels, old_logps, advantages, variance_coef=coef,
+            temperature=temperature, ref_logps=old_logps - 0.1, backend=backend, **keywords,
+        )  # fmt: skip
+        return out.loss, out.stats, out.metrics()
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    counts = []
+    for batch, length, coef, temperature in ((3, 4, 2.5, 1.0), (4, 5, 0.5, 0.7), (5, 7, 1.5, 1.3)):
+        results = []
+        for function in (compiled, call):
+            logits, *rest = tensors(device, batch, length)
+            leaf = logits.requires_grad_()
+            loss, stats, metrics = function(leaf, *rest, coef, temperature)
+            (loss.sum() * 1.5).backward()
+            results.append((loss, stats, metrics, leaf.grad))
+        counts.append(counter.frame_count)
+        (loss, stats, metrics, gradient), (loss_, stats_, metrics_, gradient_) = results
+        # Inductor may sum in another order and contract products.
+        close = {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(loss, loss_, **close)
+        torch.testing.assert_close(gradient, gradient_, **close)
+        torch.testing.assert_close(stats.variance, stats_.variance, **close)
+        assert metrics.keys() == metrics_.keys()
+        for key in metrics:
+            torch.testing.assert_close(metrics[key], metrics_[key], **close)
+    assert counts[0] == 1 and counts[-1] <= 2, counts
+
+
+def test_in_place_on_a_slice_under_a_compiler_that_may_mutate(device):
+    """The permission goes unused there: functionalised mutation of views is not to be relied on."""
+    logits, labels, old_logps, advantages = tensors(device)
+
+    def call(logits):
+        return r2vpo_loss(
+            (logits * 2)[:, 1:], labels[:, 1:], old_logps[:, 1:], advantages, inplace=True,
+            backend="triton",
+        ).loss  # fmt: skip
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend=COMPILER)):
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_other_entries_compile_too(device):
+    logits, labels, old_logps, advantages = tensors(device)
+
+    def both(logits):
+        logps, entropy = token_logps(
+            logits, labels, ignore_index=-100, return_entropy=True, backend="triton"
+        )
+        return r2vpo_loss_from_logps(
+            logps, old_logps, advantages, mask=labels != -100, entropy=entropy, entropy_coef=0.1,
+            center="group",
+        ).loss  # fmt: skip
+
+    gradients = []
+    for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        leaf = logits.clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
+
+
+def test_a_constraint_compiles_into_the_step(device):
+    logits, labels, old_logps, advantages = tensors(device)
+    constraint = VarianceConstraint(0.01, device=device)
+
+    def step(coef):
+        out = r2vpo_loss(logits, labels, old_logps, advantages, variance_coef=coef)
+        return out.loss, out.stats
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        loss, stats = compiled(constraint.coef)
+        expected, _ = step(constraint.coef)
+        torch.testing.assert_close(loss, expected)
+        constraint.step(stats)
+
+
+def test_a_bad_label_raises_under_fullgraph_too(device, backend):
+    if device.type != "cpu":
+        pytest.skip("on a GPU a bad label gives NaN instead")
+    logits, labels, old_logps, advantages = tensors(device)
+
+    def call(labels):
+        return r2vpo_loss(logits, labels, old_logps, advantages, backend=backend).loss
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled(labels)
+    labels[1, 1] = V
+    with pytest.raises(ValueError, match=f"labels: got {V} at 5"):
+        compiled(labels)
+
+
+@pytest.mark.parametrize("center", ["one", "group"])
+def test_a_second_derivative_raises(kernels, device, center):
+    logits, labels, old_logps, advantages = tensors(device)
+    leaf = logits.requires_grad_()
+    loss = r2vpo_loss(leaf, labels, old_logps, advantages, center=center, backend=kernels).loss
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+BAD_VALUES = {
+    "a label of V": {"labels": torch.tensor([1, 2, V, 4, 5, 6])},
+    "a negative label": {"labels": torch.tensor([1, 2, -7, 4, 5, 6])},
+    "a negative coefficient": {"variance_coef": torch.tensor(-1.0)},
+    "a temperature of zero": {"temperature": torch.zeros(6)},
+    "offsets past the end": {"cu_seqlens": torch.tensor([0, 3, 90])},
+    "offsets that end early": {"cu_seqlens": torch.tensor([0, 3, 5])},
+    "offsets that fall": {"cu_seqlens": torch.tensor([0, 40, -2, 6])},
+    "a group out of range": {"group_ids": torch.tensor([0, 1, 9, -9, 1, 0]), "num_groups": 2},
+    "a negative normalizer": {"normalizer": torch.tensor(-1.0)},
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_where_nobody_looks_a_bad_value_makes_the_loss_nan(device, backend, monkeypatch, name):
+    """A GPU without R2VPO_KERNELS_VALIDATE=1, by pretending: NaN, nothing out of bounds."""
+    monkeypatch.setattr(checks, "may_synchronise", lambda value: False)
+    monkeypatch.setattr(ops, "may_synchronise", lambda value: False)
+    torch.manual_seed(0)
+    logits = torch.randn(6, V, device=device, requires_grad=True)
+    arguments = {"labels": torch.arange(6), "old_logps": torch.full((6,), -3.0)}
+    arguments |= BAD_VALUES[name]
+    sequences = len(arguments.get("cu_seqlens", [0] * 7)) - 1
+    arguments["advantages"] = torch.ones(sequences)
+    arguments = {k: v if isinstance(v, int) else v.to(device) for k, v in arguments.items()}
+    out = r2vpo_loss(logits, **arguments, center="group", backend=backend)
+    assert out.loss.isnan()
+    monkeypatch.undo()
+    if device.type == "cuda":
+        monkeypatch.setenv("R2VPO_KERNELS_VALIDATE", "1")
+    with pytest.raises(ValueError, match=f"^{next(iter(BAD_VALUES[name]))}: "):
+        r2vpo_loss(logits, **arguments, backend=backend)
+
+
+def missing(backend, reason):
+    """What `registry` then finds of the backends."""
+    found = registry._imported
+    return lambda name: reason if name == backend else found(name)
+
+
+def test_triton_refuses_cpu_tensors_outside_the_interpreter(device, monkeypatch):
+    monkeypatch.setattr(triton, "SIMULATED", False)
+    logits = torch.randn(2, 3, V)
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="backend: 'triton' is not available: it runs on a GPU"):
+        token_logps(logits, labels, backend="triton")
+    reason = "it cannot be imported (no module)"
+    monkeypatch.setattr(registry, "_imported", missing("triton", reason))
+    with pytest.raises(ValueError, match="cannot be imported"):
+        token_logps(logits, labels, backend="triton")
+
+
+def test_auto_takes_the_kernels_where_they_can_and_eager_elsewhere(device, monkeypatch):
+    logits = torch.randn(2, 3, V, device=device)
+    best = "cpp" if device.type == "cpu" else "triton"
+    assert registry.choose_backend("auto", logits) == best
+    assert registry.choose_backend("auto", logits.double()) == "eager"
+    reason = "it cannot be imported (no compiler)"
+    monkeypatch.setattr(registry, "_imported", missing(best, reason))
+    assert registry.choose_backend("auto", logits) == "eager"
+    with pytest.raises(ValueError, match="no compiler"):
+        registry.choose_backend(best, logits)

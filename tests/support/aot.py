@@ -1,0 +1,48 @@
+"""Compilations for GPUs that are not there, in the background of the other tests."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# Target, and shared memory that a program may have there (bytes).
+TARGETS = {
+    "sm_80": (("cuda", "80", "32"), 166912),
+    "sm_90": (("cuda", "90", "32"), 232448),
+    "sm_100": (("cuda", "100", "32"), 232448),
+    "gfx942": (("hip", "gfx942", "64"), 65536),
+}
+REPORTS = {}
+_compilations = {}
+
+
+def start_compiling():
+    """All targets, one after another in the background, while other tests run."""
+    pool = ThreadPoolExecutor(max_workers=1)
+    for target, (arguments, _) in TARGETS.items():
+        _compilations[target] = pool.submit(compile_for, arguments)
+
+
+def compile_for(arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    tests = Path(__file__).parents[1]
+    environment["PYTHONPATH"] = f"{tests.parent}:{tests}"
+    with tempfile.TemporaryDirectory() as cache:
+        return subprocess.run(
+            [sys.executable, "-m", "support.aot_compile", *arguments],
+            env=environment | {"TRITON_CACHE_DIR": cache}, capture_output=True, text=True,
+        )  # fmt: skip
+
+
+def compilation(target):
+    return _compilations[target].result()
+
+
+def name(kernel):
+    if "variant" in kernel:
+        units = " units of one" if kernel["units_of_one"] else ""
+        return f"{kernel['kernel']} {kernel['variant']}{units}"
+    peeled = "" if kernel["vocabulary"] == 151936 else " peeled"
+    return f"{kernel['kernel']} {kernel['dtype']}{' entropy' if kernel['entropy'] else ''}{peeled}"

@@ -1,0 +1,218 @@
+"""Compile what the launchers launch, for a GPU that is not there, and report what came out as JSON.
+
+    PYTHONPATH=tests python -m support.aot_compile cuda 90 32
+
+The launchers run unchanged on CPU tensors under a driver that names the target and launches
+nothing. Not in the tests' own process, where Triton interprets.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from r2vpo_kernels.backends import calls
+from r2vpo_kernels.backends import triton as triton_backend
+from r2vpo_kernels.backends.triton import launch
+
+from .sass import kernels_in
+
+
+class NoDevice:
+    """Answers what a compilation asks of a driver."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def resources(kernel, target) -> dict:
+    """Registers, spills, shared memory, and the width in bytes of each access to global memory."""
+    if target.backend == "cuda":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            (found,) = kernels_in(file.name).values()
+        registers, spills = found["registers"], found["spills"]
+        loads, stores = sorted(found["loads"] + found["copies"]), found["stores"]
+        maxima = re.findall(r"\b(?:max|min)\S*\.f32", kernel.asm["ptx"])
+        loses_nan = [m for m in maxima if ".NaN" not in m]
+        # In bfloat16 the label's logit is the only narrow load of an aligned row.
+        text = kernel.asm["ptx"]
+        label, store = text.find("ld.global.b16"), text.find("st.global.cs.v4")
+        label_first = 0 <= label < store and "bar.sync" in text[label:store]
+    else:
+        assembly = kernel.asm["amdgcn"]
+        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # noqa: E731
+        registers = number("vgpr_count")
+        spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
+        sizes = {"byte": 1, "ubyte": 1, "short": 2, "ushort": 2, "dword": 4}
+        sizes |= {f"dwordx{n}": 4 * n for n in (2, 3, 4)}
+        pattern = r"\b(?:global|buffer|flat)_(load|store)_([a-z0-9]+)"
+        found = re.findall(pattern, assembly)
+        loads, stores = (
+            sorted(sizes[name] for kind, name in found if kind == which)
+            for which in ("load", "store")
+        )
+        loses_nan, label_first = [], True
+    return {
+        "kernel": kernel.name,
+        "registers": registers,
+        "spills": spills,
+        "shared": kernel.metadata.shared,
+        "threads": kernel.metadata.num_warps * target.warp_size,
+        "loads": loads,
+        "stores": stores,
+        "loses_nan": loses_nan,
+        "label_first": label_first,
+    }
+
+
+def rows_and_tokens(batch, length, with_groups=True):
+    """Tokens of a batch as `prepare` would have written them; meta tensors have no pointers."""
+    units, tokens = batch, batch * length
+    size = calls.HEADER + calls.ROWS * tokens + calls.UNIT_ROWS * units
+    return calls.Tokens(
+        torch.zeros(size), tokens, units, groups=units if with_groups else 1, parts=min(units, 8),
+        on_policy=False, sequence_level=False, kl=None,
+    )  # fmt: skip
+
+
+def call_rows(shape, dtype, entropy):
+    """The launches of a plain loss or, with entropy, of one with everything; float16's two."""
+    batch, length, _ = shape
+    logits = torch.empty(shape, dtype=dtype)
+    dlogits = torch.empty(shape, dtype=dtype)
+    tokens = rows_and_tokens(batch, length)
+    tokens.kl = "k3" if entropy else None
+    per_token = torch.zeros(batch * length)
+    maybe = per_token if entropy else None
+    # A number may lie anywhere, as one of several stacked losses does.
+    number = torch.zeros(shape[1] + 1)[shape[1]]
+    # Rows of a chunk have an index.
+    index = torch.zeros(batch * length, dtype=torch.int64) if entropy else None
+    kept = (per_token, per_token, per_token, maybe)
+    triton_backend.logps_forward(logits, tokens, index, length, *kept)
+    triton_backend.logps_backward(
+        logits, dlogits, tokens, index, length, *kept, per_token, maybe, number
+    )
+    if dtype == torch.float16:
+        return
+    triton_backend.one_pass(logits, dlogits, tokens, index, length, per_token, maybe)
+    triton_backend.scale(dlogits, number)
+
+
+def call_tokens(shape, variant):
+    """The launches of `variant` on what is per token: what is there, and how much of it."""
+    batch, length = shape
+    tokens = rows_and_tokens(batch, length, variant != "plain")
+    per_token = torch.zeros(batch * length)
+    spread = torch.zeros(length + 1, batch + 1).t()[:batch, :length]
+    column = calls.Column(spread, length + 3, 1)
+    nothing = calls.NOTHING
+    arguments = calls.Prepare(
+        tokens, advantages=column, labels=calls.Column(spread.long(), 1, 1), unit_length=length,
+        vocabulary=50 + length, words=50 + length, count_kind=1 + length % 2,
+        mean_over_unit=batch % 2 == 0, numbers=(0.1 * batch, 1.0, 1.0, 0.1, 0.1, 20.0),
+    )  # fmt: skip
+    entropy = means = dlogps = dentropy = None
+    upstream, loss = nothing, torch.zeros(())
+    if variant != "plain":
+        entropy = dlogps = dentropy = per_token
+        upstream, loss, means = column, per_token, torch.zeros(2, batch)
+        tokens.kl, tokens.sequence_level = "k3", variant == "sequence"
+        number = calls.Column(torch.zeros(length + 1)[length])
+        arguments.mask = calls.Column(spread.bool(), length, 1)
+        arguments.old_logps = calls.Column(spread.bfloat16(), length, 1)
+        arguments.importance_weights = arguments.variance_coef = column
+        arguments.ref_logps = arguments.logps = arguments.entropy = column
+        arguments.temperature = number
+        arguments.cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
+        arguments.group_ids = torch.zeros(batch, dtype=torch.int64)
+        arguments.center = torch.zeros(2 * batch)[:: 1 + batch % 2]
+        arguments.normalizer, arguments.numbers = number.tensor, torch.zeros(6)
+        arguments.logps_out = arguments.entropy_out = per_token
+        arguments.activity = per_token.byte()
+        triton_backend.means(tokens, per_token, upstream, means)
+    triton_backend.prepare(arguments)
+    triton_backend.finish(
+        tokens, per_token, entropy, upstream, means, loss, torch.zeros(3, tokens.groups),
+        torch.zeros(11), dlogps, dentropy,
+    )  # fmt: skip
+    parts = torch.zeros(5, batch * length, dtype=torch.float64)
+    triton_backend.shard_parts(
+        tokens, length, per_token, per_token, per_token, entropy, per_token, parts
+    )
+    triton_backend.shard_combine(tokens, parts, batch, per_token, per_token, entropy)
+
+
+def compiled_by(call, sizes, compiled, target, **described):
+    """What `call` compiles at the first of `sizes`, and how many more kernels at the others."""
+    compiled.clear()
+    call(sizes[0])
+    variants = len(compiled)
+    for size in sizes[1:]:
+        call(size)
+    described["recompiled"] = len(compiled) - variants
+    return [resources(kernel, target) | described for kernel in compiled.values()]
+
+
+def main():
+    backend, arch, warp_size = sys.argv[1:]
+    target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
+    driver.set_active(NoDevice(target))
+    launch.multiprocessors = lambda device: 132
+    compiled = {}
+    original = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **keywords):
+        kernel = original(self, *arguments, grid=grid, warmup=True, **keywords)
+        compiled[kernel.hash] = kernel
+
+    JITFunction.run = compile_only
+    report = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        # Whole 16-byte words in every row, and rows that must be peeled.
+        for vocabulary in (151936, 50257):
+            for entropy in (False, True):
+                report += compiled_by(
+                    lambda shape: call_rows((*shape, vocabulary), dtype, entropy),  # noqa: B023
+                    ((1, 2), (1, 1), (2, 16), (3, 5), (16, 16)),
+                    compiled,
+                    target,
+                    dtype=str(dtype).removeprefix("torch."),
+                    vocabulary=vocabulary,
+                    entropy=entropy,
+                )
+    for variant in ("plain", "token", "sequence"):
+        # Sequences, and units of one token each.
+        for sizes in (((2, 2), (2, 16), (3, 5), (16, 16)), ((2, 1), (3, 1), (16, 1))):
+            report += compiled_by(
+                lambda shape: call_tokens(shape, variant),  # noqa: B023
+                sizes,
+                compiled,
+                target,
+                variant=variant,
+                units_of_one=sizes[0][1] == 1,
+            )
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
