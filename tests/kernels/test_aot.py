@@ -25,9 +25,9 @@ def test_every_kernel_was_compiled_once(report):
     # Two alignments, with entropy or without; float16 has no one-pass and nothing to scale.
     assert len(rows) == 2 * 2 * (4 + 4 + 2)
     tokens = [k for k in kernels if "variant" in k]
-    assert len({k["kernel"] for k in tokens}) == 5
+    assert len({k["kernel"] for k in tokens}) == 6
     # Sequences and units of one token; the plain loss needs no means.
-    assert len(tokens) == 2 * (4 + 5 + 5)
+    assert len(tokens) == 2 * (5 + 6 + 6)
     assert all(k["recompiled"] == 0 for k in kernels), "a size or a stride was specialised on"
 
 

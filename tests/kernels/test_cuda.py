@@ -1,10 +1,10 @@
 """What is the CUDA backend's own: its kernels' source on an emulated GPU, and its machine code.
 
 tests/support/emulator runs csrc/cuda/rows.h and tokens.h on a CPU. A GPU's threads take turns there
-in a random order, copies arrive late, and what a GPU would do wrong in silence is an error: a deadlock,
-a word of the ring read before it arrived, a store to what a copy still reads. What a block puts
-into memory for others is not there before a fence. What no emulation shows, the instructions' own
-semantics, awaits hardware.
+in a random order, copies arrive late, and what a GPU would do wrong in silence is an error: a
+deadlock, a word of the ring read before it arrived, a store to what a copy still reads. What a
+block puts into memory for others is not there before a fence. What no emulation shows, the
+instructions' own semantics, awaits hardware.
 """
 
 import json
@@ -452,7 +452,7 @@ def test_the_machine_code_over_tokens_is_as_meant(machine_code, target):
     kernels = {name[0]: r for name, r in machine_code[target].items() if len(name) == 1}
     assert kernels.keys() == {
         "Prepare", "Means", "Groups of Means", "Finish", "Groups of Finish", "ShardParts",
-        "ShardCombine",
+        "ShardCombine", "DualStep",
     }  # fmt: skip
     for name, r in kernels.items():
         assert r["spills"] == 0, name

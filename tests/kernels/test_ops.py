@@ -58,6 +58,7 @@ def op_arguments(device, kernels, dtype=torch.bfloat16, with_entropy=True):
     call.batch = dataclasses.replace(batch, labels=None)
     given = logps if with_entropy else None, *call.flat(logps)
     finish = workspace.clone(), logps, entropy, old_logps, 2, *ops.finish_options(call)
+    settings = 0.1, 0.1, 0.01, 10.0, kernels
     return logits, {
         "check": (advantages, advantages > -100, advantages, "x", "more"),
         "logps_forward": (logits, None, *flat),
@@ -68,12 +69,13 @@ def op_arguments(device, kernels, dtype=torch.bfloat16, with_entropy=True):
         "scale_": (logits.clone(), number, kernels),
         "prepare": (logps, *given),
         "finish": (*finish, True, kernels),
+        "dual_step": (number.clone(), *torch.rand(3, 2, device=device), True, *settings),
     }
 
 
 OPS = (
     "logps_forward", "logps_backward", "logps_backward_", "one_pass", "one_pass_", "scale_",
-    "prepare", "finish",
+    "prepare", "finish", "dual_step",
 )  # fmt: skip
 
 

@@ -6,8 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tolerance import U
 
-from r2vpo_kernels import RatioStats, VarianceConstraint, fenchel_coef, r2vpo_loss_from_logps
+from r2vpo_kernels import (
+    RatioStats,
+    VarianceConstraint,
+    fenchel_coef,
+    ops,
+    r2vpo_loss_from_logps,
+    reference,
+)
 
 
 def stats(weight, d_sum, d_sq_sum):
@@ -25,6 +33,22 @@ def test_the_step_is_the_equation():
     about_means.step(stats([1.0, 3.0], [0.2, 0.0], [0.4, 0.6]))
     pooled = (1 * (0.4 - 0.04) + 3 * 0.2) / 4
     assert about_means.coef.item() == pytest.approx(math.exp(2.0 * (pooled / 0.2 - 1)))
+
+
+@pytest.mark.parametrize("about_means", [False, True])
+@pytest.mark.parametrize("groups", [1, 7, 2000])
+def test_the_kernels_step_is_the_references(kernels, device, groups, about_means):
+    g = torch.Generator().manual_seed(groups)
+    weight = torch.randint(0, 4, (groups,), generator=g).float()
+    d_sum, d_sq_sum = weight * (torch.rand(2, groups, generator=g) * 0.1 + 0.05)
+    settings = about_means, 0.1, 0.3, 1e-3, 10.0
+    exact = RatioStats(*(x.double() for x in (weight, d_sum, d_sq_sum)))
+    expected = reference.dual_step(torch.tensor(0.7).double(), exact, *settings)
+    coef = torch.tensor(0.7, device=device)
+    moments = (x.to(device) for x in (weight, d_sum, d_sq_sum))
+    ops.dual_step(coef, *moments, *settings, kernels)
+    # All in float64, and rounded once.
+    assert coef.double().item() == pytest.approx(expected.item(), rel=U)
 
 
 def test_the_bounds_hold():

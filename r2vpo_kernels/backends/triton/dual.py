@@ -11,7 +11,7 @@ _kernel = launch.kernel("groups target lr min_coef max_coef", "coef weight d_sum
 @_kernel
 def dual_step_kernel(
     coef, weight, d_sum, d_sq_sum, groups: tl.int64,
-    target: tl.float32, lr: tl.float32, min_coef: tl.float32, max_coef: tl.float32,
+    target: tl.float64, lr: tl.float64, min_coef: tl.float64, max_coef: tl.float64,
     ABOUT_MEANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Eq. 16, by one program."""
@@ -30,12 +30,12 @@ def dual_step_kernel(
         total += weight_g
         spread += squares
     pooled = tl.sum(spread, 0) / tl.sum(total, 0)
-    excess = pooled / target.to(tl.float64) - 1.0
-    step = tl.where(excess < 1.0, excess, 1.0) * lr.to(tl.float64)
+    excess = pooled / target - 1.0
+    step = tl.where(excess < 1.0, excess, 1.0) * lr
     old = tl.load(coef)
     moved = old.to(tl.float64) * tl.exp(step)
-    moved = tl.where(moved < min_coef.to(tl.float64), min_coef.to(tl.float64), moved)
-    moved = tl.where(moved > max_coef.to(tl.float64), max_coef.to(tl.float64), moved)
+    moved = tl.where(moved < min_coef, min_coef, moved)
+    moved = tl.where(moved > max_coef, max_coef, moved)
     # Statistics without tokens or not finite leave λ where it is.
     finite = tl.abs(excess) < float("inf")
     tl.store(coef, tl.where(finite, moved.to(tl.float32), old))

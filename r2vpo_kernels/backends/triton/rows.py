@@ -1,7 +1,7 @@
 """Triton kernels over logits: log-probs forward, log-probs backward, one-pass, scaling.
 
-Equations are those of docs/derivation. A row of logits is z ∈ R^V and x = z / temperature; inside the
-kernels exponents are in base 2, as the hardware's exponential is. The launchers at the end take
+Equations are those of docs/derivation. A row of logits is z ∈ R^V and x = z / temperature; inside
+the kernels exponents are in base 2, as the hardware's exponential is. The launchers at the end take
 checked tensors: `logits` (batch, length, V) with a contiguous vocabulary, and the workspace, whose
 label is -1 where a row must not be read and V or more where it matches no column. Row r belongs to
 token index[r], or first + r without an index (int64); what is per token is (N,) and contiguous.
