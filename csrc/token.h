@@ -45,6 +45,22 @@ struct Term {
   float value, slope;
 };
 
+struct Exponential {
+  float value, minus_one;
+};
+
+R2VPO_TOKEN Exponential exponential_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return {expf(x), expm1f(x)};
+#else
+  // One exponential of a double serves both, and takes a third of the time of glibc's expm1f. The
+  // difference from 1 has a relative error of 2^-53/|x|; near 0 two terms of the series are closer.
+  const double y = x, value = exp(y);
+  const double minus_one = fabs(y) < 0x1p-20 ? y * (1.0 + 0.5 * y) : value - 1.0;
+  return {static_cast<float>(value), static_cast<float>(minus_one)};
+#endif
+}
+
 // Eq. 2: equal log-probs differ by 0, two infinities too.
 R2VPO_TOKEN float difference(float a, float b) { return a == b ? 0.0f : a - b; }
 
@@ -69,7 +85,8 @@ R2VPO_TOKEN float raw_log_ratio(const Objective& o, const Token& token, float lo
 
 R2VPO_TOKEN Ratio ratio_of(const Objective& o, float raw) {
   const float delta = clamped(raw, o.log_ratio_clamp);
-  return {raw, delta, expm1f(delta), expf(delta), is_clamped(raw, o.log_ratio_clamp)};
+  const Exponential e = exponential_of(delta);
+  return {raw, delta, e.minus_one, e.value, is_clamped(raw, o.log_ratio_clamp)};
 }
 
 // Eq. 5, P: here the ratio alone counts.
@@ -101,8 +118,8 @@ R2VPO_TOKEN Term kl_term(const Objective& o, const Token& token, float logp) {
   } else if (o.kl == KL::k2) {
     term = {0.5f * (gap * gap), -gap};
   } else {
-    const float exponential = expm1f(gap);
-    term = {exponential - gap, -exponential};
+    const float minus_one = exponential_of(gap).minus_one;
+    term = {minus_one - gap, -minus_one};
   }
   if (is_clamped(raw, o.log_ratio_clamp)) term.slope = 0.0f;
   return term;
@@ -141,8 +158,8 @@ R2VPO_TOKEN float loss_slope(const Objective& o, const Token& token, float logp)
 // Eq. 8 at the label, but for the factor 1/temperature; -expm1(logp) is 1 - p without cancellation
 // at p = 1.
 R2VPO_TOKEN float label_slope(float logp, float entropy, float dlogp, float dentropy) {
-  const float slope = -dlogp * expm1f(logp);
-  const float p = expf(logp);
+  const Exponential e = exponential_of(logp);
+  const float slope = -dlogp * e.minus_one, p = e.value;
   // Eq. 12: p·log p is 0 at p = 0, where log p is -inf.
   return p == 0.0f ? slope : slope - dentropy * p * (logp + entropy);
 }

@@ -65,7 +65,7 @@ def register(
 
         def call(*arguments: Any) -> Any:
             if torch.compiler.is_compiling() or not _is_plain(arguments[0]):
-                return overload(*arguments)
+                return overload(*_flat(arguments))
             if mutates:
                 # As the dispatcher does, so that autograd notices.
                 torch.autograd.graph.increment_version(arguments[0])
@@ -74,6 +74,12 @@ def register(
         return call
 
     return decorate
+
+
+def _flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """As the dispatcher takes them."""
+    *others, last = arguments
+    return (*others, *last.flat(others[0])) if isinstance(last, Call) else arguments
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -94,7 +100,7 @@ def check_memory(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: got {held}, expected {reached} for its shape")
 
 
-# What was asked, as an op takes it: flat. `numbers` are variance_coef, temperature, the
+# What was asked, as the dispatcher takes it: flat. `numbers` are variance_coef, temperature, the
 # denominator's factor, kl_coef, entropy_coef and log_ratio_clamp, where they are numbers; under
 # torch.compile they are a tensor, so that no compilation depends on a value.
 CALL = """SymInt[] shape, Tensor? labels, Tensor? mask, SymInt ignore_index, Tensor? cu_seqlens,
@@ -154,14 +160,21 @@ class Call:
             self.with_entropy, self.backend,
         )  # fmt: skip
 
+    def arguments(self, like: Tensor) -> tuple[Any, ...]:
+        """What an autograd Function and an op take: itself, but flat under torch.compile."""
+        return self.flat(like) if torch.compiler.is_compiling() else (self,)
+
     @staticmethod
-    def of(flat: tuple[Any, ...]) -> Call:
+    def of(arguments: tuple[Any, ...]) -> Call:
+        if len(arguments) == 1:
+            call: Call = arguments[0]
+            return call
         (
             shape, labels, mask, ignore_index, cu_seqlens, group_ids, num_groups, group_size,
             reduction, normalizer, normalized, advantages, old_logps, variance_coef, center,
             empirical_center, ratio_level, importance_weights, ref_logps, kl_estimator,
             temperature, numbers, number_vector, with_entropy, backend,
-        ) = flat  # fmt: skip
+        ) = arguments  # fmt: skip
         if number_vector is not None:
             numbers = [1.0] * 6  # not read
         if normalized and normalizer is None:

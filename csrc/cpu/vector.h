@@ -62,16 +62,23 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
+// All lanes put together by halves, in memory: lanes taken out of a vector one by one take longer.
+template <typename T, typename Vector, typename Op>
+inline T folded(const Vector& x, Op op) {
+  T lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof(lanes));
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] = op(lanes[lane], lanes[lane + half]);
+  }
+  return lanes[0];
+}
+
 inline float largest(Floats x) {
-  float top = x[0];
-  for (int lane = 1; lane < kLanes; ++lane) top = x[lane] > top ? x[lane] : top;
-  return top;
+  return folded<float>(x, [](float a, float b) { return a > b ? a : b; });
 }
 
 inline double sum(Doubles x) {
-  double total = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
-  return total;
+  return folded<double>(x, [](double a, double b) { return a + b; });
 }
 
 // Exponents below it are 0 to exp2. As a bound on them it is finite: -inf meets no 0·inf.

@@ -210,13 +210,13 @@ def linear_one_pass(*arguments: Any) -> Any:
 # The autograd Functions.
 
 
-def _forward(hidden, head, bias, options, shard, flat):
+def _forward(hidden, head, bias, options, shard, asked):
     """Of all words, what `linear_logps_forward` finds with these rows of the head."""
     nothing = [False] * 3
     forward = functools.partial(linear_logps_forward, hidden, head, bias, *options, nothing)
     if shard is None:
-        return forward(None, *flat)
-    return shard.combine(forward(shard.layout, *flat), head.shape[0], flat)
+        return forward(None, *asked)
+    return shard.combine(forward(shard.layout, *asked), head.shape[0], ops.Call.of(asked))
 
 
 def _backward(ctx, saved, *gradients):
@@ -233,18 +233,19 @@ def _backward(ctx, saved, *gradients):
     return *(x if wants else None for x, wants in found), *[None] * ctx.others
 
 
-def _save(ctx, inputs, saved, options, shard, flat, others):
+def _save(ctx, inputs, saved, options, shard, asked, others):
     ctx.save_for_backward(*inputs, *saved)
     ctx.options, ctx.shard = options, shard
-    ctx.with_entropy, ctx.backend = flat[-2:]
-    ctx.others = others + len(flat)
+    call = ops.Call.of(asked)
+    ctx.with_entropy, ctx.backend = call.with_entropy, call.backend
+    ctx.others = others + len(asked)
 
 
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, bias, options, shard, *flat):
-        saved = _forward(hidden, head, bias, options, shard, flat)
-        _save(ctx, (hidden, head, bias), saved, options, shard, flat, 2)
+    def forward(ctx, hidden, head, bias, options, shard, *asked):
+        saved = _forward(hidden, head, bias, options, shard, asked)
+        _save(ctx, (hidden, head, bias), saved, options, shard, asked, 2)
         _, logps, _, _, entropy = saved
         return logps, entropy
 
@@ -260,14 +261,21 @@ class _LinearGeneral(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, head, bias, options, shard, with_slopes, groups, finish_options, *flat
+        ctx, hidden, head, bias, options, shard, with_slopes, groups, finish_options, *asked
     ):
-        saved = _forward(hidden, head, bias, options, shard, flat)
+        saved = _forward(hidden, head, bias, options, shard, asked)
         workspace, logps, _, _, entropy = saved
         loss, stats, metrics, slopes = ops.finish(
-            workspace, logps, entropy, None, groups, *finish_options, with_slopes, flat[-1]
+            workspace,
+            logps,
+            entropy,
+            None,
+            groups,
+            *finish_options,
+            with_slopes,
+            ops.Call.of(asked).backend,
         )
-        _save(ctx, (hidden, head, bias), (*saved, stats, slopes), options, shard, flat, 5)
+        _save(ctx, (hidden, head, bias), (*saved, stats, slopes), options, shard, asked, 5)
         ctx.finish_options = finish_options
         ctx.mark_non_differentiable(stats, metrics, logps, entropy)
         ctx.set_materialize_grads(False)
@@ -285,12 +293,12 @@ class _LinearOnePass(torch.autograd.Function):
     """As _OnePass of logits.py: forward finds the gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, head, bias, options, wanted, *flat):
+    def forward(ctx, hidden, head, bias, options, wanted, *asked):
         *results, dhidden, dhead, dbias = linear_one_pass(
-            hidden, head, bias, *options, wanted, *flat
+            hidden, head, bias, *options, wanted, *asked
         )
         ctx.save_for_backward(dhidden, dhead, dbias)
-        ctx.backend, ctx.others = flat[-1], 2 + len(flat)
+        ctx.backend, ctx.others = ops.Call.of(asked).backend, 2 + len(asked)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         return tuple(results)
@@ -406,11 +414,11 @@ class LinearLogits:
         if self.backend == "eager":
             return reference_loss(*self._reference_logps(batch, objective, with_entropy), batch)
         call = ops.Call(batch, objective, with_entropy, self.backend)
-        flat = call.flat(self.hidden)
+        asked = call.arguments(self.hidden)
         inputs = self.hidden, self.weight, self.bias
         wanted = [x is not None and x.requires_grad for x in inputs]
         if takes_one_pass(self.dtype, call, self.shard is not None, *inputs):
-            results = _LinearOnePass.apply(*inputs, self._options, wanted, *flat)
+            results = _LinearOnePass.apply(*inputs, self._options, wanted, *asked)
         else:
             with_slopes = torch.is_grad_enabled() and any(wanted) and not call.per_token
             results = _LinearGeneral.apply(
@@ -420,7 +428,7 @@ class LinearLogits:
                 with_slopes,
                 batch.num_groups,
                 ops.finish_options(call),
-                *flat,
+                *asked,
             )
         return result(results, with_entropy)
 
@@ -433,7 +441,12 @@ class LinearLogits:
             return like_labels(batch, logps, entropy)
         call = ops.Call(batch, objective, with_entropy, self.backend)
         logps, entropy = _LinearTokenLogps.apply(
-            self.hidden, self.weight, self.bias, self._options, self.shard, *call.flat(self.hidden)
+            self.hidden,
+            self.weight,
+            self.bias,
+            self._options,
+            self.shard,
+            *call.arguments(self.hidden),
         )
         return logps, entropy if with_entropy else None
 

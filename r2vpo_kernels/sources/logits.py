@@ -35,14 +35,14 @@ class _OnePass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, inplace, *flat):
+    def forward(ctx, logits, inplace, *asked):
         values = logits.detach()
         if inplace:
-            results, dlogits = ops.one_pass_(values, *flat), values
+            results, dlogits = ops.one_pass_(values, *asked), values
         else:
-            *results, dlogits = ops.one_pass(values, *flat)
+            *results, dlogits = ops.one_pass(values, *asked)
         ctx.save_for_backward(dlogits)
-        ctx.backend, ctx.others = flat[-1], 1 + len(flat)
+        ctx.backend, ctx.others = ops.Call.of(asked).backend, 1 + len(asked)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         return tuple(results)
@@ -54,11 +54,12 @@ class _OnePass(torch.autograd.Function):
         return scale_saved_gradient(dlogits, upstream, ctx.backend), *[None] * ctx.others
 
 
-def _logps_forward(logits, shard, flat):
+def _logps_forward(logits, shard, asked):
     """Of all words, what `logps_forward` finds in these logits."""
     if shard is None:
-        return ops.logps_forward(logits, None, *flat)
-    return shard.combine(ops.logps_forward(logits, shard.layout, *flat), logits.shape[-1], flat)
+        return ops.logps_forward(logits, None, *asked)
+    found = ops.logps_forward(logits, shard.layout, *asked)
+    return shard.combine(found, logits.shape[-1], ops.Call.of(asked))
 
 
 def _logps_backward(ctx, logits, *arguments):
@@ -71,10 +72,12 @@ def _logps_backward(ctx, logits, *arguments):
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, inplace, shard, *flat):
-        workspace, *saved = _logps_forward(logits, shard, flat)
+    def forward(ctx, logits, inplace, shard, *asked):
+        workspace, *saved = _logps_forward(logits, shard, asked)
         ctx.save_for_backward(logits, workspace, *saved)
-        ctx.inplace, ctx.options, ctx.others = inplace, flat[-2:], 2 + len(flat)
+        call = ops.Call.of(asked)
+        ctx.inplace, ctx.options = inplace, (call.with_entropy, call.backend)
+        ctx.others = 2 + len(asked)
         logps, _, _, entropy = saved
         return logps, entropy
 
@@ -96,16 +99,16 @@ class _General(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, inplace, shard, with_slopes, groups, finish_options, *flat):
-        saved = _logps_forward(logits, shard, flat)
+    def forward(ctx, logits, inplace, shard, with_slopes, groups, finish_options, *asked):
+        saved = _logps_forward(logits, shard, asked)
         workspace, logps, _, _, entropy = saved
-        with_entropy, backend = flat[-2:]
+        call = ops.Call.of(asked)
         loss, stats, metrics, slopes = ops.finish(
-            workspace, logps, entropy, None, groups, *finish_options, with_slopes, backend
+            workspace, logps, entropy, None, groups, *finish_options, with_slopes, call.backend
         )
         ctx.save_for_backward(logits, *saved, stats, slopes)
-        ctx.inplace, ctx.with_entropy, ctx.backend = inplace, with_entropy, backend
-        ctx.finish_options, ctx.others = finish_options, 5 + len(flat)
+        ctx.inplace, ctx.with_entropy, ctx.backend = inplace, call.with_entropy, call.backend
+        ctx.finish_options, ctx.others = finish_options, 5 + len(asked)
         ctx.mark_non_differentiable(stats, metrics, logps, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, metrics, logps, entropy
@@ -171,11 +174,11 @@ class Logits:
         if self.backend == "eager":
             return reference_loss(*self._reference_logps(batch, objective, with_entropy), batch)
         call = ops.Call(batch, objective, with_entropy, self.backend)
-        flat = call.flat(logits)
+        asked = call.arguments(logits)
         if takes_one_pass(logits.dtype, call, self.shard is not None, logits):
             # Where a compiler decides what is mutated, the permission goes unused.
             inplace = self.inplace and not torch.compiler.is_compiling()
-            results = _OnePass.apply(logits, inplace, *flat)
+            results = _OnePass.apply(logits, inplace, *asked)
         else:
             with_slopes = torch.is_grad_enabled() and logits.requires_grad and not call.per_token
             results = _General.apply(
@@ -185,7 +188,7 @@ class Logits:
                 with_slopes,
                 batch.num_groups,
                 ops.finish_options(call),
-                *flat,
+                *asked,
             )
         return result(results, with_entropy)
 
@@ -197,8 +200,8 @@ class Logits:
             logps, entropy, _ = self._reference_logps(batch, objective, with_entropy)
             return like_labels(batch, logps, entropy)
         call = ops.Call(batch, objective, with_entropy, self.backend)
-        flat = call.flat(self.logits)
-        logps, entropy = _TokenLogps.apply(self.logits, self.inplace, self.shard, *flat)
+        asked = call.arguments(self.logits)
+        logps, entropy = _TokenLogps.apply(self.logits, self.inplace, self.shard, *asked)
         return logps, entropy if with_entropy else None
 
     def _reference_logps(

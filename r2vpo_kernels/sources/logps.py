@@ -17,16 +17,16 @@ from .autograd import Result, reference_loss, refuse_double_backward, result, sl
 
 class _FromLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logps, entropy, with_slopes, groups, finish_options, *flat):
-        with_entropy, backend = flat[-2:]
+    def forward(ctx, logps, entropy, with_slopes, groups, finish_options, *asked):
+        call = ops.Call.of(asked)
         ctx.like = logps.dtype, None if entropy is None else entropy.dtype
-        workspace, logps, entropy = ops.prepare_logps(logps, entropy, *flat)
+        workspace, logps, entropy = ops.prepare_logps(logps, entropy, *asked)
         loss, stats, metrics, slopes = ops.finish(
-            workspace, logps, entropy, None, groups, *finish_options, with_slopes, backend
+            workspace, logps, entropy, None, groups, *finish_options, with_slopes, call.backend
         )
         ctx.save_for_backward(workspace, logps, entropy, stats, slopes)
-        ctx.with_entropy, ctx.backend = with_entropy, backend
-        ctx.finish_options, ctx.others = finish_options, 3 + len(flat)
+        ctx.with_entropy, ctx.backend = call.with_entropy, call.backend
+        ctx.finish_options, ctx.others = finish_options, 3 + len(asked)
         ctx.mark_non_differentiable(stats, metrics, logps, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, metrics, logps, entropy
@@ -85,6 +85,6 @@ class LogProbs:
             with_slopes,
             batch.num_groups,
             ops.finish_options(call),
-            *call.flat(logps),
+            *call.arguments(logps),
         )
         return result(results, with_entropy)

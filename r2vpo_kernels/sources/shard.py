@@ -203,11 +203,11 @@ class VocabularyShard:
         return self.layout.shape[0] - 2
 
     def combine(
-        self, forward: tuple[Tensor, ...], words: int, flat: tuple[Any, ...]
+        self, forward: tuple[Tensor, ...], words: int, call: ops.Call
     ) -> tuple[Tensor, ...]:
         """Eq. 30: of the whole vocabulary what `logps_forward` found in this shard's words."""
         workspace, _, top, *_ = forward
-        labels, options = flat[1], flat[-2:]
+        labels, options = call.batch.labels, (call.with_entropy, call.backend)
         whole_top = _all_reduce(top, "MAX", self.group)
         parts = _shard_parts(*forward, whole_top, words, *options)
         parts = _all_reduce(parts, "SUM", self.group)
