@@ -32,7 +32,6 @@ constexpr int kMostParts = 512;
 constexpr int kFaults = kCounts + kMostParts;
 constexpr int kHeader = kFaults + kMostParts;
 constexpr int kRows = 8;
-constexpr int kUnitRows = 3;
 
 // What `prepare` writes, and the other kernels read. Unit u is the tokens from begin(u) to end(u).
 struct Tokens {

@@ -122,6 +122,12 @@ R2VPO_TOKEN bool bad_offset(const Prepare& p, std::int64_t u) {
   return bad_begin || bad_end || bad_step;
 }
 
+// The same where there is no unit: then there are no tokens either.
+R2VPO_TOKEN bool bad_offset_alone(const Prepare& p) {
+  if (!p.cu_seqlens.data || p.tokens.units > 0) return false;
+  return p.tokens.count > 0 || at<std::int64_t>(p.cu_seqlens, 0, 0) != 0;
+}
+
 R2VPO_TOKEN bool is_valid(const Prepare& p, std::int64_t u, std::int64_t i) {
   return !(p.mask.data && !is_nonzero(p.mask, u, i)) &&
          !(p.labels.data && at<std::int64_t>(p.labels, u, i) == p.ignore_index);
@@ -240,7 +246,7 @@ struct Totals {
 
   R2VPO_MEMBER float loss() const { return static_cast<float>(sums[kSums - 1]); }
 
-  // In the order of `Metrics` in Python.
+  // In the order of METRICS in Python.
   R2VPO_MEMBER void write_metrics(float* to) const {
     const bool none = sums[0] == 0.0;
     const double count = none ? 1.0 : sums[0], m1 = sums[1] / count;

@@ -75,12 +75,12 @@ class Batch:
         if labels is not None:
             check_integer("labels", labels)
             check_device("labels", labels, device)
-            if not isinstance(ignore_index, int):
-                raise invalid("ignore_index", ignore_index, "an integer")
+            if not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
+                raise invalid("ignore_index", ignore_index, "an integer of 64 bits")
         if cu_seqlens is not None:
             _check_cu_seqlens(cu_seqlens, shape, device)
         if group_ids is not None and isinstance(center, Tensor):
-            num_groups = num_groups or center.numel()
+            num_groups = center.numel() if num_groups is None else num_groups
         if group_ids is not None or num_groups is not None or group_size is not None:
             batch._set_groups(num_groups, group_size, device)
         check_choice("reduction", reduction, REDUCTIONS)

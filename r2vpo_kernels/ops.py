@@ -64,7 +64,7 @@ def register(
         overload = getattr(torch.ops.r2vpo_kernels, name).default
 
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or not _is_plain(arguments[0]):
+            if torch.compiler.is_compiling() or not _are_plain(arguments):
                 return overload(*_flat(arguments))
             if mutates:
                 # As the dispatcher does, so that autograd notices.
@@ -82,11 +82,21 @@ def _flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*others, *last.flat(others[0])) if isinstance(last, Call) else arguments
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether nobody but torch's own kernels would see an op on this tensor."""
-    kind = type(tensor)
-    plain = kind is Tensor or kind is torch.nn.Parameter
-    return plain and not torch._C._len_torch_dispatch_stack()
+def _are_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether kernels may read the tensors as they lie, and nobody else would see an op on them.
+
+    A subclass may have no memory of its own, and a negated view's values are not those in memory.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    for value in arguments:
+        if isinstance(value, Tensor):
+            kind = type(value)
+            if (kind is not Tensor and kind is not torch.nn.Parameter) or value.is_neg():
+                return False
+        elif isinstance(value, Call) and not _are_plain(value.tensors()):
+            return False
+    return True
 
 
 def check_memory(name: str, value: Tensor) -> None:
@@ -109,7 +119,6 @@ CALL = """SymInt[] shape, Tensor? labels, Tensor? mask, SymInt ignore_index, Ten
     bool empirical_center, str ratio_level, Tensor? importance_weights, Tensor? ref_logps,
     str kl_estimator, Tensor? temperature, float[] numbers, Tensor? number_vector,
     bool with_entropy, str backend"""
-CALL_LENGTH = CALL.count(",") + 1
 
 
 @dataclass(slots=True)
@@ -121,6 +130,15 @@ class Call:
     with_entropy: bool
     backend: str
     number_vector: Tensor | None = None
+
+    def tensors(self) -> tuple[Any, ...]:
+        """What may be one, or a number or a name."""
+        batch, objective = self.batch, self.objective
+        return (
+            batch.labels, batch.mask, batch.cu_seqlens, batch.group_ids, batch.normalizer,
+            objective.advantages, objective.old_logps, objective.variance_coef, objective.center,
+            objective.importance_weights, objective.ref_logps, objective.temperature,
+        )  # fmt: skip
 
     @property
     def per_token(self) -> bool:
@@ -375,14 +393,17 @@ def finish_tokens(
     slopes: Tensor | None = None,
     upstream: Column = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, stats, metrics); with `slopes` (2, N) also dL/dlogp and dL/dH."""
+    """(loss, stats, metrics); in `slopes`, if given, dL/dlogp and, with entropy, dL/dH."""
     means = None
     if empirical_center:
         means = logps.new_empty(2, tokens.groups)
         kernels.means(tokens, logps, upstream, means)
     loss, stats, metrics = empty_results(logps, tokens.groups, per_token)
     flat_loss = loss.view(-1) if per_token else loss
-    dlogps, dentropy = (None, None) if slopes is None else slopes.unbind()
+    dlogps = dentropy = None
+    if slopes is not None:
+        dlogps, *others = slopes.unbind()
+        dentropy = others[0] if others else None
     kernels.finish(
         tokens, logps, entropy, upstream, means, flat_loss, stats, metrics, dlogps, dentropy
     )
@@ -627,9 +648,12 @@ def prepare_logps(logps: Tensor, entropy: Tensor | None, *flat: Any) -> Any:
     call = Call.of(flat)
     arguments = arguments_of(call, logps.device, 1, None)
     out, entropy_out = _outputs(logps, call.batch.shape, call.with_entropy)
-    arguments.logps, arguments.logps_out = column_of(logps, call.batch.shape, logps.device), out
+    arguments.logps, arguments.logps_out = (
+        column_of("logps", logps, call.batch.shape, logps.device),
+        out,
+    )
     if entropy is not None:
-        arguments.entropy = column_of(entropy, call.batch.shape, logps.device)
+        arguments.entropy = column_of("entropy", entropy, call.batch.shape, logps.device)
         arguments.entropy_out = entropy_out
     tokens = prepare(registry.load(call.backend), call, arguments)
     return tokens.workspace, out, entropy_out
@@ -652,8 +676,8 @@ def finish_options(call: Call) -> tuple[Any, ...]:
     )
 
 
-def _empty_slopes(logps: Tensor, wanted: bool) -> Tensor:
-    return logps.new_empty((2, logps.numel()) if wanted else 0)
+def _empty_slopes(logps: Tensor, with_entropy: bool, wanted: bool) -> Tensor:
+    return logps.new_empty((1 + with_entropy, logps.numel()) if wanted else 0)
 
 
 def _fake_finish(
@@ -661,7 +685,7 @@ def _fake_finish(
     on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
     per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return *empty_results(logps, groups, per_token), _empty_slopes(logps, with_slopes)
+    return *empty_results(logps, groups, per_token), _empty_slopes(logps, with_entropy, with_slopes)
 
 
 def _check_finish(
@@ -676,8 +700,10 @@ def _check_finish(
     check_is("entropy", entropy, torch.float32, logps.device, shape)
     if kl is not None and kl not in KL_ESTIMATORS:
         raise ValueError(f"kl: got {kl!r}, expected one of {KL_ESTIMATORS}, or None")
-    if groups < 1:
-        raise invalid("groups", groups, "a whole number of at least 1")
+    units = units_in(workspace, logps.numel())
+    named = workspace[workspace.numel() - units :].view(torch.int32)
+    if groups < 0 or (may_synchronise(workspace) and max(named.tolist(), default=-1) >= groups):
+        raise invalid("groups", groups, "as many as the workspace was written for")
     if upstream is None:
         return
     if upstream.shape != logps.shape or upstream.dtype != torch.float32:
@@ -697,18 +723,19 @@ def finish(
     on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
     per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
 ) -> Any:  # fmt: skip
-    """(loss, stats, metrics, slopes): from log-probs to Eq. 5, 10, and (2, N) dL/dlogp, dL/dH.
+    """(loss, stats, metrics, slopes): from log-probs to Eq. 5 and 10, and dL/dlogp, dL/dH.
 
+    Slopes are (1, N), with entropy (2, N).
     `upstream`, like logps, is each token's, with reduction "none".
     """
     units = units_in(workspace, logps.numel())
     parts = parts_of(units, backend)
     tokens = Tokens(workspace, logps.numel(), units, groups, parts, on_policy, sequence_level, kl)
-    slopes = _empty_slopes(logps, with_slopes)
+    slopes = _empty_slopes(logps, with_entropy, with_slopes)
     results = finish_tokens(
         registry.load(backend), tokens, logps, entropy if with_entropy else None,
         empirical_center, per_token, slopes if with_slopes else None,
-        column_of(upstream, logps.shape, logps.device),
+        column_of("upstream", upstream, logps.shape, logps.device),
     )  # fmt: skip
     return *results, slopes
 

@@ -90,7 +90,7 @@ class GroupSums {
 void prepare(const CpuTarget& target, const Prepare& p) {
   const Tokens& t = p.tokens;
   const Numbers numbers = numbers_of(p);
-  bool bad_offsets = p.cu_seqlens.data && t.units == 0 && t.count > 0;
+  bool bad_offsets = bad_offset_alone(p);
   std::vector<Unit> units(t.units);
   for (std::int64_t u = 0; u < t.units; ++u) {
     if (p.cu_seqlens.data) bad_offsets |= bad_offset(p, u);

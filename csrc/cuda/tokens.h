@@ -101,8 +101,7 @@ R2VPO_DEVICE void run(Machine& machine, const Prepare& p) {
   });
   const bool first = machine.block() == 0;
   double bad_offsets[1] = {};
-  // Without sequences there is nowhere for tokens to be.
-  if (t.units == 0 && t.count > 0) bad_offsets[0] = 1.0;
+  if (first && machine.thread() == 0) bad_offsets[0] = bad_offset_alone(p);
   if (first && p.cu_seqlens.data) {
     for (std::int64_t u = machine.thread(); u < t.units; u += Machine::kThreads) {
       bad_offsets[0] += bad_offset(p, u);

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..checks import invalid
 from ..objective import Objective
 
 # The workspace, a flat float32 tensor; integers lie in it bit by bit. Its numbers, the tickets of
@@ -74,7 +75,9 @@ def units_in(workspace: Tensor, tokens: int) -> int:
     return (workspace.numel() - HEADER - ROWS * tokens) // UNIT_ROWS
 
 
-def _readable(value: Tensor, device: torch.device) -> Tensor:
+def _readable(name: str, value: Tensor, device: torch.device) -> Tensor:
+    if value.data_ptr() == 0 and value.numel() > 0:
+        raise invalid(name, "a tensor whose memory was given back", "one that holds values")
     if value.device != device:
         # A 0-dim tensor on the CPU is a number.
         value = value.to(device, non_blocking=True)
@@ -83,11 +86,11 @@ def _readable(value: Tensor, device: torch.device) -> Tensor:
     return value.to(torch.float32 if value.is_floating_point() else torch.int64)
 
 
-def column(value: object, shape: torch.Size, device: torch.device) -> Column:
+def column(name: str, value: object, shape: torch.Size, device: torch.device) -> Column:
     """A value per token, of `shape`, or per sequence, or a 0-dim tensor; a number is NOTHING."""
     if not isinstance(value, Tensor):
         return NOTHING
-    value = _readable(value, device)
+    value = _readable(name, value, device)
     if value.dim() == 0:
         return Column(value)
     strides = value.stride()
@@ -164,8 +167,13 @@ class Prepare:
         """From what was asked; the vocabulary, a shard and outputs are the caller's to set."""
         shape, tokens = batch.shape, batch.tokens
         cu_seqlens, group_ids, normalizer, center = (
-            _readable(x, device) if isinstance(x, Tensor) else None
-            for x in (batch.cu_seqlens, batch.group_ids, batch.normalizer, objective.center)
+            _readable(name, x, device) if isinstance(x, Tensor) else None
+            for name, x in (
+                ("cu_seqlens", batch.cu_seqlens),
+                ("group_ids", batch.group_ids),
+                ("normalizer", batch.normalizer),
+                ("center", objective.center),
+            )
         )
         mask = batch.mask
         if mask is not None and mask.dtype not in _READ:
@@ -188,14 +196,14 @@ class Prepare:
             count_kind = 1 if batch.reduction == "token-mean" else 2
         return Prepare(
             compact,
-            column(objective.advantages, shape, device),
-            column(batch.labels, shape, device),
-            column(mask, shape, device),
-            column(objective.old_logps, shape, device),
-            column(objective.importance_weights, shape, device),
-            column(objective.variance_coef, shape, device),
-            column(objective.temperature, shape, device),
-            column(objective.ref_logps, shape, device),
+            column("advantages", objective.advantages, shape, device),
+            column("labels", batch.labels, shape, device),
+            column("mask", mask, shape, device),
+            column("old_logps", objective.old_logps, shape, device),
+            column("importance_weights", objective.importance_weights, shape, device),
+            column("variance_coef", objective.variance_coef, shape, device),
+            column("temperature", objective.temperature, shape, device),
+            column("ref_logps", objective.ref_logps, shape, device),
             cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
             group_ids=group_ids,
             center=center,

@@ -58,23 +58,22 @@ def takes_one_pass(
 
 
 def slopes_of(
-    ctx: Any, saved: list[Tensor], stats: Tensor, slopes: Tensor, upstream: Tensor
+    ctx: Any, saved: list[Tensor], slopes: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """((2, N) dL/dlogp and dL/dH, what is still to multiply them with); `saved`: ops.SAVED."""
+    """(dL/dlogp and dL/dH, what is still to multiply them with); `saved` is that of ops.SAVED."""
     if upstream.dim() == 0:
         return slopes, upstream
     workspace, logps, *_, entropy = saved
-    groups = stats.shape[1]
     *_, slopes = ops.finish(
-        workspace, logps, entropy, upstream, groups, *ctx.finish_options, True, ctx.backend
+        workspace, logps, entropy, upstream, *ctx.finish_options, True, ctx.backend
     )
     return slopes, None
 
 
-def row_gradients(ctx: Any, slopes: Tensor, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+def row_gradients(slopes: Tensor, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """(grad_logps, grad_entropy, upstream) as ops.BACKWARD has them."""
-    dlogps, dentropy = slopes.unbind()
-    return dlogps, dentropy if ctx.with_entropy else dentropy[:0], upstream
+    dlogps, *others = slopes.unbind()
+    return dlogps, others[0] if others else dlogps[:0], upstream
 
 
 def result(results: tuple[Tensor, ...], with_entropy: bool) -> Result:

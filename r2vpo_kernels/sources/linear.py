@@ -275,8 +275,8 @@ class _LinearGeneral(torch.autograd.Function):
             with_slopes,
             ops.Call.of(asked).backend,
         )
-        _save(ctx, (hidden, head, bias), (*saved, stats, slopes), options, shard, asked, 5)
-        ctx.finish_options = finish_options
+        _save(ctx, (hidden, head, bias), (*saved, slopes), options, shard, asked, 5)
+        ctx.finish_options = groups, *finish_options
         ctx.mark_non_differentiable(stats, metrics, logps, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, metrics, logps, entropy
@@ -284,8 +284,8 @@ class _LinearGeneral(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         refuse_double_backward()
-        *saved, stats, slopes = ctx.saved_tensors
-        gradients = row_gradients(ctx, *slopes_of(ctx, saved[3:], stats, slopes, upstream))
+        *saved, slopes = ctx.saved_tensors
+        gradients = row_gradients(*slopes_of(ctx, saved[3:], slopes, upstream))
         return _backward(ctx, saved, *gradients)
 
 

@@ -106,9 +106,9 @@ class _General(torch.autograd.Function):
         loss, stats, metrics, slopes = ops.finish(
             workspace, logps, entropy, None, groups, *finish_options, with_slopes, call.backend
         )
-        ctx.save_for_backward(logits, *saved, stats, slopes)
+        ctx.save_for_backward(logits, *saved, slopes)
         ctx.inplace, ctx.with_entropy, ctx.backend = inplace, call.with_entropy, call.backend
-        ctx.finish_options, ctx.others = finish_options, 5 + len(asked)
+        ctx.finish_options, ctx.others = (groups, *finish_options), 5 + len(asked)
         ctx.mark_non_differentiable(stats, metrics, logps, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, metrics, logps, entropy
@@ -116,8 +116,8 @@ class _General(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         refuse_double_backward()
-        logits, *saved, stats, slopes = ctx.saved_tensors
-        gradients = row_gradients(ctx, *slopes_of(ctx, saved, stats, slopes, upstream))
+        logits, *saved, slopes = ctx.saved_tensors
+        gradients = row_gradients(*slopes_of(ctx, saved, slopes, upstream))
         dlogits = _logps_backward(ctx, logits, *saved, *gradients, ctx.with_entropy, ctx.backend)
         return dlogits, *[None] * ctx.others
 

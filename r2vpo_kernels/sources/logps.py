@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops, reference
 from ..backends import registry
 from ..batch import Batch
-from ..checks import Backend, check_float, invalid
+from ..checks import Backend, check_device, check_float, invalid
 from ..objective import Objective
 from .autograd import Result, reference_loss, refuse_double_backward, result, slopes_of
 
@@ -19,14 +19,16 @@ class _FromLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logps, entropy, with_slopes, groups, finish_options, *asked):
         call = ops.Call.of(asked)
-        ctx.like = logps.dtype, None if entropy is None else entropy.dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (logps, entropy)]
         workspace, logps, entropy = ops.prepare_logps(logps, entropy, *asked)
         loss, stats, metrics, slopes = ops.finish(
             workspace, logps, entropy, None, groups, *finish_options, with_slopes, call.backend
         )
-        ctx.save_for_backward(workspace, logps, entropy, stats, slopes)
-        ctx.with_entropy, ctx.backend = call.with_entropy, call.backend
-        ctx.finish_options, ctx.others = finish_options, 3 + len(asked)
+        # What the caller gets is kept only where `finish` will need it again.
+        kept = () if with_slopes else (workspace, logps, entropy)
+        ctx.save_for_backward(slopes, *kept)
+        ctx.shape, ctx.backend = call.batch.shape, call.backend
+        ctx.finish_options, ctx.others = (groups, *finish_options), 3 + len(asked)
         ctx.mark_non_differentiable(stats, metrics, logps, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, metrics, logps, entropy
@@ -34,15 +36,21 @@ class _FromLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         refuse_double_backward()
-        *saved, stats, slopes = ctx.saved_tensors
-        logps = saved[1]
-        slopes, remaining = slopes_of(ctx, saved, stats, slopes, upstream)
-        if remaining is not None:
-            slopes = slopes * remaining
-        gradients = [
-            slope.reshape(logps.shape).to(dtype) if needed and dtype is not None else None
-            for slope, dtype, needed in zip(slopes, ctx.like, ctx.needs_input_grad[:2], strict=True)
-        ]
+        slopes, *saved = ctx.saved_tensors
+        slopes, remaining = slopes_of(ctx, saved, slopes, upstream)
+        needed = ctx.needs_input_grad[:2]
+        dtypes = {dtype for dtype, needs in zip(ctx.dtypes, needed, strict=True) if needs}
+        # One launch multiplies and rounds, where both are of one dtype.
+        dtype = dtypes.pop() if len(dtypes) == 1 else slopes.dtype
+        if remaining is None:
+            slopes = slopes.to(dtype)
+        else:
+            slopes = torch.mul(slopes, remaining, out=slopes.new_empty(slopes.shape, dtype=dtype))
+        found = [slopes[0], slopes[-1]]
+        gradients = (
+            x.reshape(ctx.shape).to(dtype) if needs else None
+            for x, dtype, needs in zip(found, ctx.dtypes, needed, strict=True)
+        )
         return *gradients, *[None] * ctx.others
 
 
@@ -61,6 +69,7 @@ class LogProbs:
             raise invalid("logps", logps, "shape (B, T), or (N,) packed")
         if entropy is not None:
             check_float("entropy", entropy)
+            check_device("entropy", entropy, logps.device)
             if entropy.shape != logps.shape:
                 raise invalid("entropy", entropy, f"shape {tuple(logps.shape)}, that of logps")
         return LogProbs(logps, entropy, registry.choose_backend(backend, logps))

@@ -38,6 +38,7 @@ LOG_PROBS = {
     "everything": (EVERYTHING, ["prepare", "finish"]),
     "group": ({"center": "group"} | EVERYTHING, ["prepare", "means", "finish"]),
     "sequence": ({"ratio_level": "sequence"}, ["prepare", "finish"]),
+    "none": ({"reduction": "none"}, ["prepare", "finish", "finish"]),
 }
 
 
@@ -78,15 +79,17 @@ def test_from_logits(kernels, device, route):
     assert counts.total() <= most, counts
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("route", LOG_PROBS)
-def test_from_logps(kernels, device, route):
+def test_from_logps(kernels, device, route, dtype):
     keywords, expected = LOG_PROBS[route]
     given = batch(device) | keywords
     if "kl_coef" in given:
         given |= {"ref_logps": given["old_logps"] - 0.1, "entropy": torch.ones(B, T, device=device)}
     del given["labels"]
-    logps = (given["old_logps"] + 0.1).requires_grad_()
-    upstream = torch.full((), 0.5, device=device)
+    logps = (given["old_logps"] + 0.1).to(dtype).requires_grad_()
+    shape = (B, T) if given.get("reduction") == "none" else ()
+    upstream = torch.full(shape, 0.5, device=device)
 
     def call():
         out = r2vpo_loss_from_logps(logps, backend=kernels, **given)

@@ -260,6 +260,15 @@ def test_an_empty_packed_batch_is_legal(backend, device):
         assert out.loss == 0
 
 
+def test_an_empty_packed_batch_has_offsets_too(backend, device):
+    logits, labels = torch.randn(0, 17, device=device), torch.zeros(0, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^cu_seqlens: "):
+        r2vpo_loss(
+            logits, labels.to(device), None, torch.zeros(0, device=device),
+            cu_seqlens=torch.tensor([5], device=device), backend=backend,
+        )  # fmt: skip
+
+
 def test_a_vocabulary_of_one_word_has_no_gradient(backend, device):
     logits = torch.randn(2, 3, 1, device=device, requires_grad=True)
     labels = torch.zeros(2, 3, dtype=torch.long, device=device)

@@ -7,8 +7,10 @@ import torch
 from conftest import KERNELS
 from support.ops import COMPILER, check_op
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map
 
 from r2vpo_kernels import (
+    RatioStats,
     VarianceConstraint,
     checks,
     ops,
@@ -320,6 +322,93 @@ def test_a_second_derivative_raises(kernels, device, center):
     loss = r2vpo_loss(leaf, labels, old_logps, advantages, center=center, backend=kernels).loss
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as a collective's result is."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        def unwrap(x):
+            return x.inner if isinstance(x, Wrapped) else x
+
+        return function(*tree_map(unwrap, arguments), **tree_map(unwrap, keywords or {}))
+
+
+def negated(x):
+    """The same values, with the opposite ones in memory."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
+@pytest.mark.parametrize("disguise", [Wrapped, negated])
+@pytest.mark.parametrize("center", ["one", "group"])
+def test_what_does_not_lie_in_memory_as_it_reads(kernels, device, disguise, center):
+    logits, labels, old_logps, advantages = tensors(device)
+    plain = {
+        "normalizer": torch.tensor(30.0, device=device),
+        "variance_coef": torch.tensor(2.5, device=device),
+        "advantages": advantages,
+        "old_logps": old_logps,
+    }
+    upstream = torch.tensor(0.5, device=device)
+
+    def gradient(disguised, upstream):
+        leaf = logits.clone().requires_grad_()
+        out = r2vpo_loss(leaf, labels, **(plain | disguised), center=center, backend=kernels)
+        return out, torch.autograd.grad(out.loss, leaf, upstream)[0]
+
+    expected, gradient_expected = gradient({}, upstream)
+    for name, value in plain.items():
+        out, found = gradient({name: disguise(value)}, upstream)
+        assert torch.equal(out.loss, expected.loss), name
+        assert torch.equal(found, gradient_expected), name
+    _, found = gradient({}, disguise(upstream))
+    assert torch.equal(found, gradient_expected)
+    constraints = [VarianceConstraint(0.01, center=center, device=device) for _ in range(2)]
+    stats = expected.stats
+    fields = (disguise(x) for x in (stats.weight, stats.d_sum, stats.d_sq_sum))
+    constraints[0].step(stats)
+    constraints[1].step(RatioStats(*fields))
+    assert torch.equal(constraints[0].coef, constraints[1].coef)
+
+
+def test_memory_that_was_given_back_is_refused(kernels, device):
+    logits, labels, old_logps, advantages = tensors(device)
+    for name in ("labels", "old_logps", "advantages"):
+        given = {"labels": labels, "old_logps": old_logps, "advantages": advantages}
+        given[name] = given[name].clone()
+        given[name].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=f"^{name}: got a tensor whose memory was given back"):
+            r2vpo_loss(logits, **given, backend=kernels)
+
+
+@pytest.mark.parametrize("center", ["one", "group"])
+def test_what_came_with_the_loss_may_be_changed_before_backward(kernels, device, center):
+    logits, labels, old_logps, advantages = tensors(device)
+    gradients = []
+    for changes in (False, True):
+        leaf = logits.clone().requires_grad_()
+        out = r2vpo_loss(leaf, labels, old_logps, advantages, center=center, backend=kernels)
+        logps = old_logps.clone().requires_grad_()
+        from_logps = r2vpo_loss_from_logps(
+            logps, old_logps - 0.1, advantages, center=center, backend=kernels
+        )
+        if changes:
+            for stats in (out.stats, from_logps.stats):
+                stats.weight.add_(1.0)
+            from_logps.logps.zero_()
+        (out.loss + from_logps.loss).backward()
+        gradients.append((leaf.grad, logps.grad))
+    for without, after in zip(*gradients, strict=True):
+        assert torch.equal(without, after)
 
 
 BAD_VALUES = {

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...checks import MIN_TEMPERATURE
 from . import launch
 from .workspace import (
     ADVANTAGE,
@@ -29,7 +30,7 @@ from .workspace import (
     units_of,
 )
 
-LEAST_TEMPERATURE = tl.constexpr(1e-6)
+LEAST_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
 OFFSETS = tl.constexpr(1024)
 
 
