@@ -120,7 +120,7 @@ def prepared(labels, vocabulary, length=None, groups=1, **given):
     on_policy = "old_logps" not in given
     t = calls.Tokens(workspace, tokens, units, groups, min(units, 512), on_policy, level, None)
     columns = {
-        name: calls.column(x, labels.shape, labels.device)
+        name: calls.column(name, x, labels.shape, labels.device)
         for name, x in {"labels": labels, **given}.items()
         if name != "group_ids"
     }

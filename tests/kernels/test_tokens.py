@@ -193,14 +193,14 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
         filled(calls.workspace_size(N, U)), N, U, groups, parts,
         bool(get("on_policy")), bool(get("sequence_level")), kl,
     )  # fmt: skip
-    columns = {name: calls.column(x, shape, DEVICE) for name, x in tensors.items()}
+    columns = {name: calls.column(name, x, shape, DEVICE) for name, x in tensors.items()}
     common: dict[str, Any] = {
         "ignore_index": -100, "vocabulary": 10, "first_word": 2 if get("shard") else 0,
         "words": 5 if get("shard") else 10, "mean_over_unit": bool(get("mean_over_unit")),
         "count_kind": get("count_kind", 1),
     }  # fmt: skip
     if get("carried"):
-        columns["logps"] = calls.column(draw.laid(logps.view(shape)), shape, DEVICE)
+        columns["logps"] = calls.column("logps", draw.laid(logps.view(shape)), shape, DEVICE)
         columns["entropy"] = columns["logps"]
     prepare = Prepare(
         tokens, **columns, **common, cu_seqlens=layout.cu_seqlens, group_ids=ids, center=center,
@@ -220,7 +220,7 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
     if upstream is None:
         return Call(prepare, expected, logps, entropy, NOTHING, [1.0] * N)
     upstream = draw.laid(upstream)
-    column = calls.column(upstream, shape, DEVICE)
+    column = calls.column("upstream", upstream, shape, DEVICE)
     return Call(prepare, expected, logps, entropy, column, draw.spread(upstream))
 
 
