@@ -159,7 +159,7 @@ class Products:
 
     def gradients(self):
         """Of hidden states, head and bias, in their dtypes; empty where not wanted."""
-        # Before there is another tensor of the head's size.
+        # Freed before `to` makes another tensor of the head's size.
         del self.buffers
         dbias = None if self.dbias is None else self.dbias.squeeze(1)
         return tuple(
