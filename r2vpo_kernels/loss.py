@@ -35,11 +35,15 @@ def _names_unknown_keywords(entry: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(entry)
     def checked(*arguments: P.args, **keywords: P.kwargs) -> R:
-        for name in keywords:
-            if name not in known:
-                expected = "one of " + ", ".join(known)
-                raise TypeError(f"{name}: got an unknown keyword, expected {expected}")
-        return entry(*arguments, **keywords)
+        try:
+            return entry(*arguments, **keywords)
+        except TypeError:
+            for name in keywords:
+                if name not in known:
+                    expected = "one of " + ", ".join(known)
+                    error = TypeError(f"{name}: got an unknown keyword, expected {expected}")
+                    raise error from None
+            raise
 
     return checked
 

@@ -90,11 +90,14 @@ def _are_plain(arguments: tuple[Any, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack():
         return False
     for value in arguments:
-        if isinstance(value, Tensor):
-            kind = type(value)
-            if (kind is not Tensor and kind is not torch.nn.Parameter) or value.is_neg():
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if value.is_neg():
                 return False
-        elif isinstance(value, Call) and not _are_plain(value.tensors()):
+        elif kind is Call:
+            if not _are_plain(value.tensors()):
+                return False
+        elif value is not None and isinstance(value, Tensor):
             return False
     return True
 
