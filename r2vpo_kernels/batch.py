@@ -19,6 +19,7 @@ from .checks import (
     check_device,
     check_integer,
     check_number,
+    check_whole,
     invalid,
 )
 
@@ -67,6 +68,7 @@ class Batch:
         normalizer: float | Tensor | None = None,
     ) -> Batch:
         """`center`: where it is a tensor of means, it too says how many groups there are."""
+        ignore_index = check_whole("ignore_index", ignore_index, -(2**63), "an integer of 64 bits")
         batch = Batch(shape, labels, mask, ignore_index, cu_seqlens, group_ids)
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.shape != shape:
@@ -75,8 +77,6 @@ class Batch:
         if labels is not None:
             check_integer("labels", labels)
             check_device("labels", labels, device)
-            if not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
-                raise invalid("ignore_index", ignore_index, "an integer of 64 bits")
         if cu_seqlens is not None:
             _check_cu_seqlens(cu_seqlens, shape, device)
         if group_ids is not None and isinstance(center, Tensor):
@@ -88,7 +88,7 @@ class Batch:
             raise invalid("reduction", repr(reduction), "sequences: labels (B, T), or cu_seqlens")
         batch.reduction = reduction
         if normalizer is not None:
-            _check_normalizer(normalizer, reduction, device)
+            normalizer = _checked_normalizer(normalizer, reduction, device)
         elif reduction == "seq-mean-token-sum-norm" and len(shape) == 1:
             raise invalid("normalizer", None, "a denominator for 'seq-mean-token-sum-norm', packed")
         batch.normalizer = normalizer
@@ -98,9 +98,10 @@ class Batch:
         self, num_groups: int | None, group_size: int | None, device: torch.device
     ) -> None:
         group_ids, sequences = self.group_ids, self.sequences
-        for name, value in (("num_groups", num_groups), ("group_size", group_size)):
-            if value is not None:
-                check_count(name, value)
+        if num_groups is not None:
+            num_groups = check_count("num_groups", num_groups)
+        if group_size is not None:
+            group_size = check_count("group_size", group_size)
         if group_ids is not None and group_size is not None:
             raise invalid("group_size", group_size, "None where group_ids are given")
         if group_ids is None and num_groups is not None:
@@ -133,24 +134,24 @@ class Batch:
         per_sequence: bool = True,
         number: bool = False,
         minimum: float = -torch.inf,
-    ) -> None:
+    ) -> float | Tensor:
         """A tensor per token or, if allowed, per sequence, or a number."""
         if not isinstance(value, Tensor):
             if not number:
                 raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
-            check_number(name, value, minimum)
-            return
+            return check_number(name, value, minimum)
         check_device(name, value, device)
         if value.is_complex():
             raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
         if value.shape == self.shape or (number and value.dim() == 0):
-            return
+            return value
         sequences = self.sequences if per_sequence else None
         if sequences is None or value.shape != (sequences,):
             expected = f"shape {tuple(self.shape)}, one per token"
             if sequences is not None:
                 expected += f", or ({sequences},), one per sequence"
             raise invalid(name, value, expected + (", or a number" if number else ""))
+        return value
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -163,14 +164,14 @@ def _check_cu_seqlens(cu_seqlens: Tensor, shape: torch.Size, device: torch.devic
         raise invalid("cu_seqlens", cu_seqlens, f"shape (sequences + 1,) for {tokens} tokens")
 
 
-def _check_normalizer(
+def _checked_normalizer(
     normalizer: float | Tensor, reduction: Reduction, device: torch.device
-) -> None:
+) -> float | Tensor:
     if reduction == "none":
         raise invalid("normalizer", normalizer, "None with reduction 'none', which has none")
     if not isinstance(normalizer, Tensor):
-        check_number("normalizer", normalizer, low=0.0)
-        return
+        return check_number("normalizer", normalizer, low=0.0)
     check_device("normalizer", normalizer, device)
     if normalizer.dim() != 0 or normalizer.is_complex():
         raise invalid("normalizer", normalizer, "a real number or a 0-dim tensor of one")
+    return normalizer

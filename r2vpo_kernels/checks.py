@@ -6,6 +6,7 @@ op `check`, or in a kernel.
 
 from __future__ import annotations
 
+import numbers
 import os
 from typing import Any, Literal, get_args
 
@@ -42,22 +43,41 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise invalid(name, repr(value), "one of " + ", ".join(map(repr, choices)))
 
 
-def check_number(name: str, value: Any, low: float = -torch.inf, high: float = torch.inf) -> None:
-    if not isinstance(value, (int, float)):
+def _plain(value: Any) -> Any:
+    """A number of NumPy's, or an array of one, as Python's number."""
+    if isinstance(value, (int, float, Tensor)) or getattr(value, "shape", None) != ():
+        return value
+    return value.item()
+
+
+def check_number(name: str, value: Any, low: float = -torch.inf, high: float = torch.inf) -> float:
+    """The value, as Python's number."""
+    number = _plain(value)
+    if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not (low <= value <= high and abs(value) <= FLOAT32_MAX):
+    if not (low <= number <= high and abs(number) <= FLOAT32_MAX):
         raise invalid(name, value, f"a finite number from {low} to {high}")
+    return number if isinstance(number, (int, float)) else float(number)
 
 
-def check_positive(name: str, value: Any) -> None:
-    check_number(name, value)
-    if value <= 0:
+def check_positive(name: str, value: Any) -> float:
+    number = check_number(name, value)
+    if number <= 0:
         raise invalid(name, value, "a number above 0")
+    return number
 
 
-def check_count(name: str, value: Any) -> None:
-    if not (isinstance(value, int) and value >= 1):
-        raise invalid(name, value, "a whole number of at least 1")
+def check_whole(name: str, value: Any, low: int, expected: str) -> int:
+    """The value, as Python's number of at most 64 bits; a bool is none."""
+    number = _plain(value)
+    is_whole = isinstance(number, (int, torch.SymInt, numbers.Integral))
+    if isinstance(number, bool) or not is_whole or not low <= number < 2**63:
+        raise invalid(name, value, expected)
+    return number
+
+
+def check_count(name: str, value: Any) -> int:
+    return check_whole(name, value, 1, "a whole number of at least 1")
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -77,6 +97,9 @@ def check_float(name: str, value: Any) -> None:
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         got = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: got {got}, expected a tensor of floats")
+    if value.layout != torch.strided:
+        expected = "a dense one: of a jagged tensor pass values(), and offsets() as cu_seqlens"
+        raise invalid(name, f"a tensor of layout {value.layout}", expected)
 
 
 def check_labels(labels: Any, shape: torch.Size, whose: str) -> None:

@@ -67,14 +67,13 @@ class VarianceConstraint:
         device: torch.device | str | None = None,
     ) -> None:
         check_choice("center", center, CENTERS)
-        check_positive("target", target)
-        check_number("lr", lr, 0.0)
-        check_positive("min_coef", min_coef)
-        check_number("max_coef", max_coef, min_coef)
-        check_number("coef", coef, min_coef, max_coef)
-        self.target, self.center, self.lr = target, center, lr
-        self.min_coef, self.max_coef = min_coef, max_coef
-        self.coef = torch.tensor(float(coef), dtype=torch.float32, device=device)
+        self.center = center
+        self.target = check_positive("target", target)
+        self.lr = check_number("lr", lr, 0.0)
+        self.min_coef = check_positive("min_coef", min_coef)
+        self.max_coef = check_number("max_coef", max_coef, self.min_coef)
+        coef = check_number("coef", coef, self.min_coef, self.max_coef)
+        self.coef = torch.tensor(coef, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def step(self, stats: RatioStats) -> None:
@@ -102,7 +101,9 @@ class VarianceConstraint:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if set(state_dict) != {"coef"}:
             raise invalid("state_dict", sorted(state_dict), "the one key 'coef'")
-        check_number("coef", float(state_dict["coef"]), self.min_coef, self.max_coef)
+        # λ at a bound is its nearest float32, which may lie outside.
+        bounds = torch.tensor([self.min_coef, self.max_coef], dtype=torch.float32).tolist()
+        check_number("coef", float(state_dict["coef"]), *bounds)
         with torch.no_grad():
             self.coef.copy_(state_dict["coef"])
 
@@ -137,7 +138,7 @@ def fenchel_coef(
     Source: docs/derivation, Eq. 17 and 18.
     """
     check_choice("center", center, CENTERS)
-    check_positive("target", target)
+    target = check_positive("target", target)
     if not isinstance(advantages, Tensor) or advantages.is_complex():
         raise TypeError("advantages: expected a tensor of real numbers")
     for name, value in (("weight", weight), ("group_ids", group_ids)):

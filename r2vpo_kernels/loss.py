@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .checks import Backend, Center, KLEstimator, RatioLevel, Reduction, invalid
-from .objective import Objective, check_temperature
+from .objective import Objective, checked_temperature
 from .output import R2VPOOutput, RatioStats
 from .sources.autograd import Result
 from .sources.linear import LinearLogits
@@ -495,7 +495,7 @@ def _labels_alone(
 ) -> tuple[Batch, Objective]:
     device = source.like.device
     batch = Batch.build(labels.shape, device, labels=labels, mask=mask, ignore_index=ignore_index)
-    check_temperature(batch, temperature, device)
+    temperature = checked_temperature(batch, temperature, device)
     return batch, Objective(temperature=temperature)
 
 

@@ -77,9 +77,9 @@ class Objective:
                 "ratio_level", "'sequence'", "sequences for it: labels (B, T), or cu_seqlens"
             )
         check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
-        check_number("kl_coef", kl_coef)
-        check_number("entropy_coef", entropy_coef)
-        check_number("log_ratio_clamp", log_ratio_clamp, 0.0, MAX_LOG_RATIO_CLAMP)
+        kl_coef = check_number("kl_coef", kl_coef)
+        entropy_coef = check_number("entropy_coef", entropy_coef)
+        log_ratio_clamp = check_number("log_ratio_clamp", log_ratio_clamp, 0.0, MAX_LOG_RATIO_CLAMP)
         if kl_coef != 0 and ref_logps is None:
             raise invalid("ref_logps", None, f"a tensor, for kl_coef is {kl_coef}")
         batch.check_per_token("advantages", advantages, device)
@@ -88,8 +88,10 @@ class Objective:
         for name, value in (("old_logps", old_logps), ("ref_logps", ref_logps)):
             if value is not None:
                 batch.check_per_token(name, value, device, per_sequence=False)
-        batch.check_per_token("variance_coef", variance_coef, device, number=True, minimum=0.0)
-        check_temperature(batch, temperature, device)
+        variance_coef = batch.check_per_token(
+            "variance_coef", variance_coef, device, number=True, minimum=0.0
+        )
+        temperature = checked_temperature(batch, temperature, device)
         if isinstance(center, Tensor):
             check_device("center", center, device)
             groups = batch.num_groups
@@ -104,5 +106,9 @@ class Objective:
         )  # fmt: skip
 
 
-def check_temperature(batch: Batch, temperature: float | Tensor, device: torch.device) -> None:
-    batch.check_per_token("temperature", temperature, device, number=True, minimum=MIN_TEMPERATURE)
+def checked_temperature(
+    batch: Batch, temperature: float | Tensor, device: torch.device
+) -> float | Tensor:
+    return batch.check_per_token(
+        "temperature", temperature, device, number=True, minimum=MIN_TEMPERATURE
+    )

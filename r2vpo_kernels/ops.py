@@ -29,7 +29,7 @@ from .backends.calls import (
 from .backends.calls import column as column_of
 from .batch import Batch
 from .checks import KL_ESTIMATORS, check_device, check_float, invalid, may_synchronise
-from .objective import Objective, check_temperature
+from .objective import Objective, checked_temperature
 from .output import METRICS
 
 VECTOR_BYTES = 16
@@ -239,7 +239,8 @@ class Call:
             normalizer=batch.normalizer,
         )
         if objective.advantages is None:
-            return check_temperature(batch, objective.temperature, device)
+            checked_temperature(batch, objective.temperature, device)
+            return
         Objective.build(
             batch,
             device,

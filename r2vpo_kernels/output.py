@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 # The order in which `reference` and the kernels write metrics.
 METRICS = (
@@ -112,3 +113,18 @@ class R2VPOOutput:
         if self.entropy is None:
             del result["entropy"]
         return result
+
+
+# Tools that walk outputs, such as DistributedDataParallel and torch.export, find the tensors.
+register_pytree_node(
+    RatioStats,
+    lambda stats: ([stats.weight, stats.d_sum, stats.d_sq_sum], None),
+    lambda fields, _: RatioStats(*fields),
+    serialized_type_name="r2vpo_kernels.RatioStats",
+)
+register_pytree_node(
+    R2VPOOutput,
+    lambda out: ([out.loss, out.logps, out.entropy, out.stats, out._metrics], out._has_ref),
+    lambda fields, has_ref: R2VPOOutput(*fields, has_ref),
+    serialized_type_name="r2vpo_kernels.R2VPOOutput",
+)

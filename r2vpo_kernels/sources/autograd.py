@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,28 @@ def graph_is_kept() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def first_derivative(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A Function's backward that finds the gradients of its first inputs; the others have none.
+
+    Nor has any where the first output was not used.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = ()
+        if upstream is not None:
+            refuse_double_backward()
+            if not torch.compiler.is_compiling() and not torch._C._has_storage(upstream):
+                raise RuntimeError(
+                    "r2vpo_kernels: the kernels take one upstream gradient at a time; "
+                    "is_grads_batched=True and vmap need backend='eager'"
+                )
+            found = backward(ctx, upstream, *others)
+        return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
+
+    return checked
 
 
 def refuse_double_backward(what: str = "the kernels have", needed: str = "backend='eager'") -> None:

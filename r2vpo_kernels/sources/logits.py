@@ -14,10 +14,10 @@ from ..checks import Backend, check_float, check_labels, invalid
 from ..objective import Objective
 from .autograd import (
     Result,
+    first_derivative,
     graph_is_kept,
     like_labels,
     reference_loss,
-    refuse_double_backward,
     result,
     row_gradients,
     scale_saved_gradient,
@@ -42,16 +42,16 @@ class _OnePass(torch.autograd.Function):
         else:
             *results, dlogits = ops.one_pass(values, *asked)
         ctx.save_for_backward(dlogits)
-        ctx.backend, ctx.others = ops.Call.of(asked).backend, 1 + len(asked)
+        ctx.backend = ops.Call.of(asked).backend
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
+    @first_derivative
     def backward(ctx, upstream, *_):
-        refuse_double_backward()
         (dlogits,) = ctx.saved_tensors
-        return scale_saved_gradient(dlogits, upstream, ctx.backend), *[None] * ctx.others
+        return (scale_saved_gradient(dlogits, upstream, ctx.backend),)
 
 
 def _logps_forward(logits, shard, asked):
@@ -77,18 +77,16 @@ class _TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(logits, workspace, *saved)
         call = ops.Call.of(asked)
         ctx.inplace, ctx.options = inplace, (call.with_entropy, call.backend)
-        ctx.others = 2 + len(asked)
         logps, _, _, entropy = saved
         return logps, entropy
 
     @staticmethod
+    @first_derivative
     def backward(ctx, grad_logps, grad_entropy):
-        refuse_double_backward()
         logits, *saved = ctx.saved_tensors
         # An upstream gradient may be expanded or strided.
         upstream = grad_logps.contiguous(), grad_entropy.contiguous(), None
-        dlogits = _logps_backward(ctx, logits, *saved, *upstream, *ctx.options)
-        return dlogits, *[None] * ctx.others
+        return (_logps_backward(ctx, logits, *saved, *upstream, *ctx.options),)
 
 
 class _General(torch.autograd.Function):
@@ -108,18 +106,17 @@ class _General(torch.autograd.Function):
         )
         ctx.save_for_backward(logits, *saved, slopes)
         ctx.inplace, ctx.with_entropy, ctx.backend = inplace, call.with_entropy, call.backend
-        ctx.finish_options, ctx.others = (groups, *finish_options), 5 + len(asked)
+        ctx.finish_options = groups, *finish_options
         ctx.mark_non_differentiable(stats, metrics, logps, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, metrics, logps, entropy
 
     @staticmethod
+    @first_derivative
     def backward(ctx, upstream, *_):
-        refuse_double_backward()
         logits, *saved, slopes = ctx.saved_tensors
         gradients = row_gradients(*slopes_of(ctx, saved, slopes, upstream))
-        dlogits = _logps_backward(ctx, logits, *saved, *gradients, ctx.with_entropy, ctx.backend)
-        return dlogits, *[None] * ctx.others
+        return (_logps_backward(ctx, logits, *saved, *gradients, ctx.with_entropy, ctx.backend),)
 
 
 @dataclass(frozen=True)

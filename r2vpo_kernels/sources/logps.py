@@ -12,7 +12,7 @@ from ..backends import registry
 from ..batch import Batch
 from ..checks import Backend, check_device, check_float, invalid
 from ..objective import Objective
-from .autograd import Result, reference_loss, refuse_double_backward, result, slopes_of
+from .autograd import Result, first_derivative, reference_loss, result, slopes_of
 
 
 class _FromLogps(torch.autograd.Function):
@@ -28,14 +28,14 @@ class _FromLogps(torch.autograd.Function):
         kept = () if with_slopes else (workspace, logps, entropy)
         ctx.save_for_backward(slopes, *kept)
         ctx.shape, ctx.backend = call.batch.shape, call.backend
-        ctx.finish_options, ctx.others = (groups, *finish_options), 3 + len(asked)
+        ctx.finish_options = groups, *finish_options
         ctx.mark_non_differentiable(stats, metrics, logps, entropy)
         ctx.set_materialize_grads(False)
         return loss, stats, metrics, logps, entropy
 
     @staticmethod
+    @first_derivative
     def backward(ctx, upstream, *_):
-        refuse_double_backward()
         slopes, *saved = ctx.saved_tensors
         slopes, remaining = slopes_of(ctx, saved, slopes, upstream)
         needed = ctx.needs_input_grad[:2]
@@ -47,11 +47,10 @@ class _FromLogps(torch.autograd.Function):
         else:
             slopes = torch.mul(slopes, remaining, out=slopes.new_empty(slopes.shape, dtype=dtype))
         found = [slopes[0], slopes[-1]]
-        gradients = (
+        return tuple(
             x.reshape(ctx.shape).to(dtype) if needs else None
             for x, dtype, needs in zip(found, ctx.dtypes, needed, strict=True)
         )
-        return *gradients, *[None] * ctx.others
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,13 @@ The number in a test's name is that of this list, with one report of each:
 11. int32 overflow of N·V, limits of a second grid dimension (fla#1080)
 12. a fixed warp size on AMD (Liger#231): in test_aot.py
 15. advantages, masks and labels misread
+16. an output in which tools do not find the loss
+17. a result changed in place, of which backward reads
+18. an undefined upstream gradient
+19. sizes that an export makes constants of
+20. upstream gradients in a batch (is_grads_batched)
+21. NumPy's numbers refused: in test_errors.py
+22. jagged tensors: in test_errors.py
 
 13 and 14, compiled extensions and unwrapped DDP models, do not apply to what is here.
 """
@@ -26,9 +33,17 @@ import pytest
 import torch
 from support.harness import check_case, truth_of
 from support.tolerance import U, assert_within
+from torch.utils import _pytree as pytree
 
 import r2vpo_kernels
-from r2vpo_kernels import r2vpo_loss, r2vpo_loss_from_logps, token_logps
+from r2vpo_kernels import (
+    R2VPOOutput,
+    linear_r2vpo_loss,
+    linear_token_logps,
+    r2vpo_loss,
+    r2vpo_loss_from_logps,
+    token_logps,
+)
 from r2vpo_kernels.backends import triton
 
 INF = float("inf")
@@ -358,3 +373,79 @@ def test_the_public_names_are_the_contracts():
         "r2vpo_loss", "linear_r2vpo_loss", "r2vpo_loss_from_logps", "token_logps",
         "linear_token_logps", "RatioStats", "VarianceConstraint", "fenchel_coef", "R2VPOOutput",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_16_an_output_is_a_tree_of_tensors(backend, device, with_entropy):
+    logits, labels, old_logps, advantages = batch(device)
+    out = r2vpo_loss(
+        logits, labels, old_logps, advantages, ref_logps=old_logps, return_entropy=with_entropy,
+        backend=backend,
+    )  # fmt: skip
+    leaves, structure = pytree.tree_flatten(out)
+    assert any(leaf is out.loss for leaf in leaves)
+    assert all(leaf is None or isinstance(leaf, torch.Tensor) for leaf in leaves)
+    again = pytree.tree_unflatten(leaves, structure)
+    assert isinstance(again, R2VPOOutput)
+    assert torch.equal(again.stats.variance, out.stats.variance)
+    for (name, one), (same, other) in zip(
+        again.metrics().items(), out.metrics().items(), strict=True
+    ):
+        assert name == same and torch.equal(one, other)
+
+
+class Unused(torch.autograd.Function):
+    """Its input's gradient is undefined."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None
+
+
+LOSSES = {
+    "one pass": lambda z, *rest, **k: r2vpo_loss(z, *rest, **k).loss,
+    "group": lambda z, *rest, **k: r2vpo_loss(z, *rest, center="group", **k).loss,
+    "none": lambda z, *rest, **k: r2vpo_loss(z, *rest, reduction="none", **k).loss,
+    "from log-probs": lambda z, labels, *rest, **k: r2vpo_loss_from_logps(
+        z[..., 0] * 1, *rest, **k
+    ).loss,
+    "log-probs": lambda z, labels, *_, **k: token_logps(z, labels, **k),
+    "linear": lambda z, *rest, **k: linear_r2vpo_loss(z, torch.eye(40), *rest, **k).loss,
+    "linear, group": lambda z, *rest, **k: linear_r2vpo_loss(
+        z, torch.eye(40), *rest, center="group", **k
+    ).loss,
+    "linear log-probs": lambda z, labels, *_, **k: linear_token_logps(
+        z, torch.eye(40), labels, **k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_18_without_an_upstream_gradient_there_is_none(backend, device, name):
+    logits, *rest = batch(device)
+    leaf, other = logits.requires_grad_(), torch.ones((), device=device, requires_grad=True)
+    loss = LOSSES[name](leaf, *rest, backend=backend)
+    (Unused.apply(loss).sum() + other).backward()
+    assert leaf.grad is None or not leaf.grad.any()
+    assert other.grad == 1
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_20_upstream_gradients_in_a_batch_are_refused_or_work(backend, device, name):
+    logits, *rest = batch(device)
+    loss = LOSSES[name](logits.requires_grad_(), *rest, backend=backend).reshape(-1)
+    upstream = torch.eye(loss.numel(), device=device)
+
+    def gradients():
+        return torch.autograd.grad(loss, logits, upstream, is_grads_batched=True)[0]
+
+    if backend == "eager":
+        each = [torch.autograd.grad(loss, logits, u, retain_graph=True)[0] for u in upstream]
+        torch.testing.assert_close(gradients(), torch.stack(each))
+    else:
+        with pytest.raises(RuntimeError, match="is_grads_batched"):
+            gradients()

@@ -7,12 +7,14 @@ import torch
 from conftest import KERNELS
 from support.ops import COMPILER, check_op
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._pytree import tree_map
+from torch.export import Dim, export
+from torch.utils import _pytree as pytree
 
 from r2vpo_kernels import (
     RatioStats,
     VarianceConstraint,
     checks,
+    linear_r2vpo_loss,
     ops,
     r2vpo_loss,
     r2vpo_loss_from_logps,
@@ -282,6 +284,53 @@ def test_the_other_entries_compile_too(device):
         function(leaf).backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
+
+
+class Step(torch.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.head = torch.nn.Parameter(torch.randn(V, 5))
+        self.name = name
+
+    def forward(self, hidden, labels, logps, advantages):
+        logits = hidden @ self.head.t()
+        shared = {"group_size": 2, "mask": labels >= 0}
+        if self.name == "log-probs":
+            return token_logps(logits, labels)
+        if self.name == "from log-probs":
+            return r2vpo_loss_from_logps(logits[..., 0], logps, advantages, **shared)
+        if self.name.startswith("linear"):
+            return linear_r2vpo_loss(
+                hidden, self.head, labels, logps, advantages, compact=self.name == "linear",
+                **shared,
+            )  # fmt: skip
+        return r2vpo_loss(logits, labels, logps, advantages, **shared, **ROUTES[self.name])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "name", ["one pass", "sequence", "none", "log-probs", "from log-probs", "linear", "linear, all"]
+)
+def test_an_export_keeps_sizes_symbolic(device, name, strict):
+    """What is exported at one B and T computes at another."""
+    half, length = Dim("half", max=32), Dim("length", min=2, max=64)
+    module, sizes = Step(name).to(device), {0: 2 * half, 1: length}
+
+    def inputs(batch, length):
+        torch.manual_seed(0)
+        shape = batch, length
+        inputs = torch.randn(*shape, 5), torch.randint(0, V, shape), torch.full(shape, -2.0)
+        return tuple(x.to(device) for x in (*inputs, torch.randn(batch)))
+
+    exported = export(
+        module, inputs(4, 6), dynamic_shapes=(sizes, sizes, sizes, {0: 2 * half}), strict=strict
+    ).module()
+    other = inputs(8, 9)
+    for ours, theirs in zip(
+        pytree.tree_leaves(exported(*other)), pytree.tree_leaves(module(*other)), strict=True
+    ):
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_a_constraint_compiles_into_the_step(device):

@@ -83,6 +83,23 @@ def test_state_dict_round_trip():
         constraint.load_state_dict({"lambda": 1.0})
 
 
+@pytest.mark.parametrize("bound", [0.001, 0.01, 0.1, 0.3, 0.7, 3.3])
+@pytest.mark.parametrize("spread", [0.0, 9.0])
+def test_what_was_saved_at_a_bound_is_taken_back(bound, spread, tmp_path):
+    """float32 is above some of these bounds, and below others."""
+    low, high = (bound, 100.0) if spread == 0.0 else (1e-3, bound)
+
+    def constraint():
+        return VarianceConstraint(0.1, coef=bound, lr=1.0, min_coef=low, max_coef=high)
+
+    saved = constraint()
+    saved.step(stats([1.0], [0.0], [spread]))
+    torch.save(saved.state_dict(), tmp_path / "state")
+    loaded = constraint()
+    loaded.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert torch.equal(loaded.coef, saved.coef)
+
+
 def test_a_step_between_forward_and_backward_changes_no_gradient():
     """λ moves in place; the loss computed before keeps the λ it was computed with."""
     gradients = []

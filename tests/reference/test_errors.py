@@ -1,5 +1,8 @@
 """Bad input: one clear error that names the argument, what came and what was expected."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +51,12 @@ BAD = {
     # name: (changes, the argument named, words of the message)
     "logits of integers": ({"logits": torch.ones(B, T, V, dtype=torch.long)}, "logits", "int64"),
     "logits not a tensor": ({"logits": [1.0]}, "logits", "list"),
+    "jagged logits": (
+        {"logits": torch.nested.nested_tensor([torch.randn(n, V) for n in (4, 2)],
+                                              layout=torch.jagged)},
+        "logits", r"jagged.*values\(\).*cu_seqlens",
+    ),
+    "sparse logits": ({"logits": torch.randn(B, T, V).to_sparse()}, "logits", "sparse_coo"),
     "logits of one dimension": ({"logits": torch.randn(V)}, "logits", r"\(10,\).*\(B, T, V\)"),
     "no vocabulary": ({"logits": torch.randn(B, T, 0)}, "logits", "V of at least 1"),
     "a strided vocabulary": (
@@ -106,6 +115,8 @@ BAD = {
     "groups without ids": ({"num_groups": 2}, "num_groups", "2.*None"),
     "two kinds of groups": ({"group_ids": IDS, "num_groups": 2, "group_size": 1}, "group_size",
                             "1.*None"),
+    "a group size that is a bool": ({"group_size": True}, "group_size", "True.*whole number"),
+    "a group size of a half": ({"group_size": np.float32(0.5)}, "group_size", "0.5.*whole number"),
     "a group size that does not divide": ({"group_size": 2}, "group_size", "2.*divisor.*3"),
     "means of another number": ({"center": torch.ones(2)}, "center", r"\(2,\).*\(1,\)"),
     "means of integers": ({"center": torch.ones(1).long()}, "center", "int64.*float"),
@@ -270,3 +281,27 @@ def test_bad_fenchel_arguments_are_refused(arguments, name):
     arguments = {"advantages": torch.ones(3), "target": 0.1} | arguments
     with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
         fenchel_coef(**arguments)
+
+
+@pytest.mark.parametrize("whole", [np.int64(2), np.uint8(2), np.array(2)])
+@pytest.mark.parametrize("half", [np.float32(0.5), np.float64(0.5), np.array(0.5), Fraction(1, 2)])
+def test_whatever_is_a_number_is_one(whole, half):
+    """As numbers.Integral and numbers.Real have it."""
+    arguments = good() | {"reduction": "seq-mean-token-sum-norm", "ref_logps": torch.zeros(B, T)}
+    arguments = {name: x[:2] for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+
+    def results(whole, half):
+        out = r2vpo_loss(
+            **arguments, group_size=whole, ignore_index=whole, variance_coef=half, kl_coef=half,
+            entropy_coef=half, log_ratio_clamp=half, temperature=half, normalizer=half,
+        )  # fmt: skip
+        constraint = VarianceConstraint(half, coef=half, lr=half, min_coef=half, max_coef=half)
+        constraint.step(out.stats)
+        ids = torch.zeros(2, dtype=torch.long)
+        groups = fenchel_coef(
+            arguments["advantages"], half, center="group", group_ids=ids, num_groups=whole
+        )
+        return out.loss, constraint.coef, groups
+
+    for ours, theirs in zip(results(whole, half), results(2, 0.5), strict=True):
+        assert torch.equal(ours, theirs)
