@@ -26,6 +26,8 @@ RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
 KL_ESTIMATORS: tuple[str, ...] = get_args(KLEstimator)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
+REAL: Any = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
+WHOLE: Any = (int, torch.SymInt, numbers.Integral)
 FLOAT32_MAX = 3.4028234663852886e38
 MIN_TEMPERATURE = 1e-6
 # exp(2·40) = 5.5e34: the squared ratio stays finite in float32.
@@ -53,7 +55,7 @@ def _plain(value: Any) -> Any:
 def check_number(name: str, value: Any, low: float = -torch.inf, high: float = torch.inf) -> float:
     """The value, as Python's number."""
     number = _plain(value)
-    if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
+    if not isinstance(number, REAL):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not (low <= number <= high and abs(number) <= FLOAT32_MAX):
         raise invalid(name, value, f"a finite number from {low} to {high}")
@@ -70,10 +72,11 @@ def check_positive(name: str, value: Any) -> float:
 def check_whole(name: str, value: Any, low: int, expected: str) -> int:
     """The value, as Python's number of at most 64 bits; a bool is none."""
     number = _plain(value)
-    is_whole = isinstance(number, (int, torch.SymInt, numbers.Integral))
-    if isinstance(number, bool) or not is_whole or not low <= number < 2**63:
+    is_whole = isinstance(number, WHOLE) and not isinstance(number, bool)
+    if not (is_whole and low <= number < 2**63):
         raise invalid(name, value, expected)
-    return number
+    whole: int = number
+    return whole
 
 
 def check_count(name: str, value: Any) -> int:

@@ -125,6 +125,6 @@ register_pytree_node(
 register_pytree_node(
     R2VPOOutput,
     lambda out: ([out.loss, out.logps, out.entropy, out.stats, out._metrics], out._has_ref),
-    lambda fields, has_ref: R2VPOOutput(*fields, has_ref),
+    lambda fields, has_ref: R2VPOOutput(*(*fields, has_ref)),
     serialized_type_name="r2vpo_kernels.R2VPOOutput",
 )
