@@ -63,7 +63,7 @@ inline void take(Arguments& a, Prepare& to) {
 }
 inline void take(Arguments& a, Means& to) { to = {tokens(a), a, column(a), a, a}; }
 inline void take(Arguments& a, Finish& to) {
-  to = {tokens(a), a, a, column(a), a, a, a, a, a, a, a, a};
+  to = {tokens(a), a, a, column(a), a, a, a, a, a, a, a, a, a, a};
 }
 inline void take(Arguments& a, ShardParts& to) { to = {tokens(a), a, a, a, a, a, a, a}; }
 inline void take(Arguments& a, ShardCombine& to) { to = {tokens(a), a, a, a, a, a}; }

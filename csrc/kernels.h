@@ -137,6 +137,9 @@ struct Finish {
   float* metrics;
   float* dlogps;  // null where not wanted, as the next
   float* dentropy;
+  // What the caller gets, who may change it: backward reads the others. Null where not wanted.
+  float* logps_out;
+  float* entropy_out;
   double* scratch;
 };
 

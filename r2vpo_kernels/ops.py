@@ -396,8 +396,13 @@ def finish_tokens(
     per_token: bool,
     slopes: Tensor | None = None,
     upstream: Column = NOTHING,
+    logps_out: Tensor | None = None,
+    entropy_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, stats, metrics); in `slopes`, if given, dL/dlogp and, with entropy, dL/dH."""
+    """(loss, stats, metrics); in `slopes`, if given, dL/dlogp and, with entropy, dL/dH.
+
+    In logps_out and entropy_out, if given, copies.
+    """
     means = None
     if empirical_center:
         means = logps.new_empty(2, tokens.groups)
@@ -409,8 +414,9 @@ def finish_tokens(
         dlogps, *others = slopes.unbind()
         dentropy = others[0] if others else None
     kernels.finish(
-        tokens, logps, entropy, upstream, means, flat_loss, stats, metrics, dlogps, dentropy
-    )
+        tokens, logps, entropy, upstream, means, flat_loss, stats, metrics, dlogps, dentropy,
+        logps_out, entropy_out,
+    )  # fmt: skip
     return loss, stats, metrics
 
 
@@ -689,7 +695,9 @@ def _fake_finish(
     on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
     per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return *empty_results(logps, groups, per_token), _empty_slopes(logps, with_entropy, with_slopes)
+    results = empty_results(logps, groups, per_token)
+    slopes = _empty_slopes(logps, with_entropy, with_slopes)
+    return *results, torch.empty_like(logps), torch.empty_like(entropy), slopes
 
 
 def _check_finish(
@@ -718,7 +726,7 @@ def _check_finish(
 @register(
     "finish",
     f"(Tensor workspace, Tensor logps, Tensor entropy, Tensor? upstream, {FINISH})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_finish,
     check=_check_finish,
 )
@@ -727,21 +735,24 @@ def finish(
     on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
     per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
 ) -> Any:  # fmt: skip
-    """(loss, stats, metrics, slopes): from log-probs to Eq. 5 and 10, and dL/dlogp, dL/dH.
+    """(loss, stats, metrics, logps, entropy, slopes): from log-probs to Eq. 5 and 10.
 
-    Slopes are (1, N), with entropy (2, N).
-    `upstream`, like logps, is each token's, with reduction "none".
+    Slopes are dL/dlogp and, with entropy, dL/dH: (1, N) or (2, N). `upstream`, like logps, is each
+    token's, with reduction "none". The log-probs and entropies returned are copies: the caller may
+    change them, and backward reads the others.
     """
     units = units_in(workspace, logps.numel())
     parts = parts_of(units, backend)
     tokens = Tokens(workspace, logps.numel(), units, groups, parts, on_policy, sequence_level, kl)
     slopes = _empty_slopes(logps, with_entropy, with_slopes)
+    logps_out, entropy_out = torch.empty_like(logps), torch.empty_like(entropy)
     results = finish_tokens(
         registry.load(backend), tokens, logps, entropy if with_entropy else None,
         empirical_center, per_token, slopes if with_slopes else None,
-        column_of("upstream", upstream, logps.shape, logps.device),
+        column_of("upstream", upstream, logps.shape, logps.device), logps_out,
+        entropy_out if with_entropy else None,
     )  # fmt: skip
-    return *results, slopes
+    return *results, logps_out, entropy_out, slopes
 
 
 DUAL_STEP = """(Tensor(a!) coef, Tensor weight, Tensor d_sum, Tensor d_sq_sum, bool about_means,

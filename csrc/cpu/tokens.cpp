@@ -161,6 +161,8 @@ void finish(const CpuTarget& target, const Finish& a) {
       if (a.per_token) a.loss[i] = 0.0f;
       if (a.dlogps) a.dlogps[i] = 0.0f;
       if (a.dentropy) a.dentropy[i] = 0.0f;
+      if (a.logps_out) a.logps_out[i] = 0.0f;
+      if (a.entropy_out) a.entropy_out[i] = 0.0f;
     }
     double slopes = 0.0;
     std::int64_t valid = 0;
@@ -178,6 +180,8 @@ void finish(const CpuTarget& target, const Finish& a) {
       total.add(token, r, policy, penalty, kl, entropy, loss);
       ++valid;
       if (a.per_token) a.loss[i] = loss;
+      if (a.logps_out) a.logps_out[i] = a.logps[i];
+      if (a.entropy_out) a.entropy_out[i] = entropy;
       const float reached = token.weight * upstream_at(a.upstream, u, i);
       if (a.dentropy) a.dentropy[i] = entropy_slope(o, reached);
       if (!a.dlogps) return;

@@ -283,10 +283,11 @@ R2VPO_DEVICE void run(Machine& machine, const Finish& a) {
     // Σa, Σa·d, Σa·d² (Eq. 10), and the ratio's part of the slopes.
     double moments[kMoments] = {};
     for_each_token(share, begin, end, [&](std::int64_t i) {
-      float loss = 0.0f, dlogp = 0.0f, dentropy = 0.0f;
+      float loss = 0.0f, logp = 0.0f, entropy = 0.0f, dlogp = 0.0f, dentropy = 0.0f;
       if (t.label(i) >= 0) {
         const Token token = t.token(i, denominator);
-        const float logp = a.logps[i], entropy = a.entropy ? a.entropy[i] : 0.0f;
+        logp = a.logps[i];
+        if (a.entropy) entropy = a.entropy[i];
         const Ratio r = ratio_of(o, t.sequence_level ? level.raw : raw_log_ratio(o, token, logp));
         const Term policy = policy_term(token, r), kl = kl_term(o, token, logp);
         const Term penalty = penalty_term(token, r, a.means ? mean : token.center);
@@ -306,6 +307,8 @@ R2VPO_DEVICE void run(Machine& machine, const Finish& a) {
       if (a.per_token) a.loss[i] = loss;
       if (a.dlogps) a.dlogps[i] = dlogp;
       if (a.dentropy) a.dentropy[i] = dentropy;
+      if (a.logps_out) a.logps_out[i] = logp;
+      if (a.entropy_out) a.entropy_out[i] = entropy;
     });
     over_unit(machine, share, moments);
     if (share.leads()) put_moments(machine, t, a.scratch, u, moments);

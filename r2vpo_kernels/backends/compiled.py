@@ -168,15 +168,19 @@ class Launchers:
     def finish(
         self, t: Tokens, logps: Tensor, entropy: Tensor | None, upstream: Column,
         means: Tensor | None, loss: Tensor, stats: Tensor, metrics: Tensor, dlogps: Tensor | None,
-        dentropy: Tensor | None,
+        dentropy: Tensor | None, logps_out: Tensor | None = None,
+        entropy_out: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Write Eq. 5 and 10, the metrics and, where asked, dL/dlogp and dL/dH (Eq. 7, 9, 11)."""
+        """Write Eq. 5 and 10, the metrics and, where asked, dL/dlogp and dL/dH (Eq. 7, 9, 11).
+
+        And copies of logps and entropy, where they are asked for.
+        """
         scratch = self.scratch(t)
         self._launch(
             "finish", t.workspace, *self._tokens(t), logps.data_ptr(), address(entropy),
             *self._column(upstream), address(means), loss.data_ptr(), loss.dim() == 1,
             stats.data_ptr(), metrics.data_ptr(), address(dlogps), address(dentropy),
-            address(scratch),
+            address(logps_out), address(entropy_out), address(scratch),
         )  # fmt: skip
 
     def shard_parts(

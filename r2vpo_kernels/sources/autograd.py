@@ -100,6 +100,12 @@ def row_gradients(slopes: Tensor, upstream: Tensor | None) -> tuple[Tensor | Non
     return dlogps, others[0] if others else dlogps[:0], upstream
 
 
+def unshared(saved: list[Tensor], wanted: bool) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies for a caller, who may change them; `saved` is that of backward."""
+    logps, *_, entropy = saved
+    return (logps.clone(), entropy.clone()) if wanted else (logps, entropy)
+
+
 def result(results: tuple[Tensor, ...], with_entropy: bool) -> Result:
     """What an autograd Function returned: there an entropy that is not wanted is empty."""
     loss, stats, metrics, logps, entropy = results

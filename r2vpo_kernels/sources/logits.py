@@ -23,6 +23,7 @@ from .autograd import (
     scale_saved_gradient,
     slopes_of,
     takes_one_pass,
+    unshared,
 )
 from .shard import VocabularyShard
 
@@ -77,8 +78,7 @@ class _TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(logits, workspace, *saved)
         call = ops.Call.of(asked)
         ctx.inplace, ctx.options = inplace, (call.with_entropy, call.backend)
-        logps, _, _, entropy = saved
-        return logps, entropy
+        return unshared(saved, ctx.needs_input_grad[0])
 
     @staticmethod
     @first_derivative
@@ -101,15 +101,15 @@ class _General(torch.autograd.Function):
         saved = _logps_forward(logits, shard, asked)
         workspace, logps, _, _, entropy = saved
         call = ops.Call.of(asked)
-        loss, stats, metrics, slopes = ops.finish(
+        *results, slopes = ops.finish(
             workspace, logps, entropy, None, groups, *finish_options, with_slopes, call.backend
         )
         ctx.save_for_backward(logits, *saved, slopes)
         ctx.inplace, ctx.with_entropy, ctx.backend = inplace, call.with_entropy, call.backend
         ctx.finish_options = groups, *finish_options
-        ctx.mark_non_differentiable(stats, metrics, logps, entropy)
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        return loss, stats, metrics, logps, entropy
+        return tuple(results)
 
     @staticmethod
     @first_derivative

@@ -21,17 +21,17 @@ class _FromLogps(torch.autograd.Function):
         call = ops.Call.of(asked)
         ctx.dtypes = [None if x is None else x.dtype for x in (logps, entropy)]
         workspace, logps, entropy = ops.prepare_logps(logps, entropy, *asked)
-        loss, stats, metrics, slopes = ops.finish(
+        *results, slopes = ops.finish(
             workspace, logps, entropy, None, groups, *finish_options, with_slopes, call.backend
         )
-        # What the caller gets is kept only where `finish` will need it again.
+        # `finish` runs once more in backward, unless it has found the slopes.
         kept = () if with_slopes else (workspace, logps, entropy)
         ctx.save_for_backward(slopes, *kept)
         ctx.shape, ctx.backend = call.batch.shape, call.backend
         ctx.finish_options = groups, *finish_options
-        ctx.mark_non_differentiable(stats, metrics, logps, entropy)
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        return loss, stats, metrics, logps, entropy
+        return tuple(results)
 
     @staticmethod
     @first_derivative

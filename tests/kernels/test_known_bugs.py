@@ -424,6 +424,59 @@ LOSSES = {
 }
 
 
+OUTPUTS = {
+    "one pass": lambda z, *rest, **k: r2vpo_loss(z, *rest, return_entropy=True, **k),
+    "group": lambda z, *rest, **k: r2vpo_loss(z, *rest, center="group", entropy_coef=0.1, **k),
+    "none": lambda z, *rest, **k: r2vpo_loss(z, *rest, reduction="none", entropy_coef=0.1, **k),
+    "from log-probs": lambda z, labels, *rest, **k: r2vpo_loss_from_logps(
+        z[..., 0], *rest, entropy=z[..., 1], entropy_coef=0.1, reduction="none", **k
+    ),
+    "linear": lambda z, *rest, **k: linear_r2vpo_loss(z, torch.eye(40), *rest, **k),
+    "linear, group": lambda z, *rest, **k: linear_r2vpo_loss(
+        z, torch.eye(40), *rest, center="group", entropy_coef=0.1, **k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_17_what_came_with_the_loss_may_be_changed(backend, device, name):
+    """Also where autograd does not see it."""
+    logits, *rest = batch(device)
+    gradients = []
+    for changes in (False, True):
+        leaf = logits.clone().requires_grad_()
+        out = OUTPUTS[name](leaf, *rest, backend=backend)
+        if changes:
+            for result in (out.logps, out.entropy, *pytree.tree_leaves(out.stats), out._metrics):
+                if result is not None:
+                    result.data.fill_(7.0)
+        out.loss.sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_17_log_probs_may_be_changed_in_place(backend, device, linear):
+    logits, labels, *_ = batch(device)
+    keep = torch.rand(labels.shape, device=device) < 0.5
+    gradients = []
+    for in_place in (False, True):
+        leaf = logits.clone().requires_grad_()
+        if linear:
+            found = linear_token_logps(
+                leaf, torch.eye(40), labels, return_entropy=True, backend=backend
+            )
+        else:
+            found = token_logps(leaf, labels, return_entropy=True, backend=backend)
+        for x in found if in_place else ():
+            x.masked_fill_(~keep, 0.0)
+            x *= 2
+        logps, entropy = found if in_place else (2 * keep * x for x in found)
+        (logps + entropy).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_18_without_an_upstream_gradient_there_is_none(backend, device, name):
     logits, *rest = batch(device)

@@ -389,7 +389,9 @@ class Wrapped(torch.Tensor):
         def unwrap(x):
             return x.inner if isinstance(x, Wrapped) else x
 
-        return function(*pytree.tree_map(unwrap, arguments), **pytree.tree_map(unwrap, keywords or {}))
+        return function(
+            *pytree.tree_map(unwrap, arguments), **pytree.tree_map(unwrap, keywords or {})
+        )
 
 
 def negated(x):

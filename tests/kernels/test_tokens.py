@@ -337,6 +337,17 @@ def run_finish(
     return out
 
 
+def check_copies(backend: Any, c: Call, means: Tensor | None) -> None:
+    loss, stats, metrics = filled(), filled(3, c.given.groups), filled(len(oracle.METRICS))
+    copies = filled(c.given.tokens), None if c.entropy is None else filled(c.given.tokens)
+    backend.finish(
+        c.tokens, c.logps, c.entropy, c.upstream, means, loss, stats, metrics, None, None, *copies
+    )
+    for copy, original in zip(copies, (c.logps, c.entropy), strict=True):
+        if copy is not None:
+            assert same_bits(copy, torch.where(c.tokens.labels >= 0, original, 0.0))
+
+
 def check_call(backend: Any, c: Call, empirical: bool = False) -> None:
     prepared = check_prepare(backend, c)
     logps = c.logps.tolist()
@@ -354,6 +365,7 @@ def check_call(backend: Any, c: Call, empirical: bool = False) -> None:
             check(name, actual, expected[name])
             if name == "metrics":
                 assert not actual[1] < 0  # the variance
+    check_copies(backend, c, means)
     assert not integers(c.tokens, calls.TICKETS, 3).any()
 
 

@@ -264,8 +264,8 @@ def _store_metrics(metrics, scratch, MOST: tl.constexpr):
 
 @_kernel
 def finish_kernel(
-    workspace, logps, entropy, upstream, means, loss, stats, metrics, dlogps, dentropy, scratch,
-    tokens: tl.int64, units: tl.int64, groups: tl.int64, parts: tl.int32,
+    workspace, logps, entropy, upstream, means, loss, stats, metrics, dlogps, dentropy, logps_out,
+    entropy_out, scratch, tokens: tl.int64, units: tl.int64, groups: tl.int64, parts: tl.int32,
     upstream_unit: tl.int64, upstream_token: tl.int64,
     ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, PER_TOKEN: tl.constexpr,
     ONE_GROUP: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
@@ -336,6 +336,10 @@ def finish_kernel(
                 entropy_t = tl.load(entropy + token, mask=valid, other=0.0)
                 term -= entropy_coef * entropy_t
                 entropy_total += entropy_t.to(tl.float64)
+                if entropy_out is not None:
+                    tl.store(entropy_out + token, entropy_t, mask=inside)
+            if logps_out is not None:
+                tl.store(logps_out + token, logp, mask=inside)
             loss_t = tl.where(valid, weight * term, 0.0)
             if PER_TOKEN:
                 tl.store(loss + token, loss_t, mask=inside)
@@ -444,15 +448,21 @@ def means(t, logps, upstream, means) -> None:
         )  # fmt: skip
 
 
-def finish(t, logps, entropy, upstream, means, loss, stats, metrics, dlogps, dentropy) -> None:
-    """Write the loss, the groups' moments, the metrics and, if given, dL/dlogp and dL/dH."""
+def finish(
+    t, logps, entropy, upstream, means, loss, stats, metrics, dlogps, dentropy, logps_out=None,
+    entropy_out=None,
+) -> None:  # fmt: skip
+    """Write the loss, the groups' moments, the metrics and, if given, dL/dlogp and dL/dH.
+
+    And copies of logps and entropy, if given.
+    """
     unit_tile, token_tile, programs = _programs(t.tokens, t.units)
     with torch.cuda.device_of(t.workspace):
         size = TOTALS.value * programs + FINISH_MOMENTS.value * (t.units + t.groups)
         scratch = t.workspace.new_empty(size, dtype=torch.float64)
         finish_kernel[(programs,)](
             t.workspace, logps, entropy, upstream.tensor, means, loss, stats, metrics, dlogps,
-            dentropy, scratch, t.tokens, t.units, t.groups, t.parts,
+            dentropy, logps_out, entropy_out, scratch, t.tokens, t.units, t.groups, t.parts,
             upstream.stride_unit, upstream.stride_token,
             ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, KL=KL_ESTIMATORS[t.kl],
             PER_TOKEN=loss.dim() == 1, ONE_GROUP=t.groups == 1, UNITS=unit_tile, TOKENS=token_tile,
