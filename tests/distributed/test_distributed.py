@@ -212,3 +212,36 @@ def check_models(rank):
 
 def test_models_get_the_gradient_of_the_batch(tmp_path):
     run_on(RANKS, tmp_path, check_models)
+
+
+class WithLoss(nn.Module):
+    """A model whose output is that of the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Model()
+
+    def forward(self, rows, share):
+        generator = torch.Generator().manual_seed(1)
+        labels = torch.randint(0, V, (B, T), generator=generator)
+        hidden = self.model(labels)
+        return r2vpo_loss(
+            self.model.head(hidden)[rows], labels[rows], torch.full((B, T), -3.7)[rows],
+            torch.randn(B, generator=generator)[rows], normalizer=B * T * share,
+        )  # fmt: skip
+
+
+def check_static_graph(rank):
+    alone = WithLoss()
+    alone(torch.arange(B), 1).loss.backward()
+    model = WithLoss()
+    wrapped = DistributedDataParallel(model, static_graph=True)
+    for _ in range(2):
+        model.zero_grad()
+        wrapped(torch.arange(B).chunk(RANKS)[rank], 1 / RANKS).loss.backward()
+        for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_static_graph_finds_the_loss_in_an_output(tmp_path):
+    run_on(RANKS, tmp_path, check_static_graph)
