@@ -195,14 +195,19 @@ def test_token_logps_from_hidden_states(route, device):
 def products(monkeypatch):
     """How many tokens enter each product, in order."""
     seen = []
-    original = module._product
+    original = module._multiplier
 
-    def counted(a, b, scale, out, keep=False):
-        # Tokens are rows of logits and of dhidden, and columns of the first factor of dweight.
-        seen.append(a.shape[1] if out.shape[0] == V else a.shape[0])
-        return original(a, b, scale, out, keep)
+    def counting(x, dtype):
+        multiply = original(x, dtype)
 
-    monkeypatch.setattr(module, "_product", counted)
+        def counted(a, b, scale, out, **options):
+            # Tokens are rows of logits and of dhidden, and columns of the first factor of dweight.
+            seen.append(a.shape[1] if out.shape[0] == V else a.shape[0])
+            multiply(a, b, scale, out, **options)
+
+        return counted
+
+    monkeypatch.setattr(module, "_multiplier", counting)
     return seen
 
 
