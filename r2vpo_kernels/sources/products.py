@@ -147,6 +147,13 @@ def _in_order(activity):
     return None if first == activity.shape[0] else order, first, both
 
 
+def _put_rows(x, rows, values):
+    # index_copy_ takes an element at a time: the wider, the fewer.
+    if x.shape[1] * x.itemsize % 8 == 0:
+        x, values = x.view(torch.int64), values.view(torch.int64)
+    x.index_copy_(0, rows, values)
+
+
 class Head(NamedTuple):
     """What the products are of: hidden (N, H), weight (V, H)."""
 
@@ -192,11 +199,10 @@ class Products:
             [place if order is None else order[place] for place in chunks] for chunks in places
         )
         longest = max((p.stop - p.start for chunks in places for p in chunks), default=0)
-        self.buffers = registry.advise_huge_pages(
-            self.weight.new_empty(buffers, longest, weight.shape[0])
-        )
+        empty, size = self.weight.new_empty, (longest, weight.shape[0])
+        self.buffers = [registry.advise_huge_pages(empty(size)) for _ in range(buffers)]
 
-        def empty(x, *shape):
+        def total(x, *shape):
             # A sum over several chunks is float32; what is one product is rounded once.
             dtype = x.dtype if len(self.gradient_chunks) == 1 else torch.float32
             if not self.gradient_chunks:
@@ -206,38 +212,41 @@ class Products:
         # Where there is an order, some tokens have no gradient.
         made = hidden.new_empty if order is None else hidden.new_zeros
         self.dhidden = made(hidden.shape) if wanted[0] else None
-        self.dweight = empty(weight, *weight.shape) if wanted[1] else None
-        self.dbias = empty(bias, weight.shape[0], 1) if wanted[2] else None
+        self.dweight = total(weight, *weight.shape) if wanted[1] else None
+        self.dbias = total(bias, weight.shape[0], 1) if wanted[2] else None
         self.begun = False
         self.multiply = _multiplier(hidden, dtype)
+
+    def _buffers(self):
+        """Those of the logits of this chunk and, with a softcap, of their slope."""
+        return [buffer[: self.chunk.shape[0]] for buffer in self.buffers]
 
     def logits(self, rows):
         """Eq. 27: (1, n, V), for the kernels to read or to overwrite, until the next chunk."""
         indexed = isinstance(rows, Tensor)
         hidden = self.hidden.index_select(0, rows) if indexed else self.hidden[rows]
         self.chunk = hidden.to(self.weight.dtype)
-        z = self.buffers[0, : self.chunk.shape[0]]
+        z, *slopes = self._buffers()
         self.multiply(self.chunk, self.weight.t(), self.scale, z, bias=self.bias)
         if self.softcap is not None:
             for block in _blocks(z.shape[0], z.shape[1], z):
                 t = torch.tanh(z[block].float() / self.softcap)
                 z[block] = self.softcap * t
-                if len(self.buffers) == 2:
-                    self.buffers[1, block] = 1 - t * t
+                for slope in slopes:
+                    slope[block] = 1 - t * t
         return z.unsqueeze(0)
 
     def add_gradients(self, rows):
         """Eq. 28, from the gradient that has taken the place of the logits of these rows."""
-        dz, scale = self.buffers[0, : self.chunk.shape[0]], self.scale
-        if self.softcap is not None:
-            dz *= self.buffers[1, : self.chunk.shape[0]]
+        (dz, *slopes), scale = self._buffers(), self.scale
+        for slope in slopes:
+            dz *= slope
         if self.dhidden is not None:
-            if isinstance(rows, Tensor):
-                part = self.dhidden.new_empty(self.chunk.shape)
-                self.multiply(dz, self.weight, scale, part)
-                self.dhidden.index_copy_(0, rows, part)
-            else:
-                self.multiply(dz, self.weight, scale, self.dhidden[rows])
+            indexed = isinstance(rows, Tensor)
+            out = self.dhidden.new_empty(self.chunk.shape) if indexed else self.dhidden[rows]
+            self.multiply(dz, self.weight, scale, out)
+            if indexed:
+                _put_rows(self.dhidden, rows, out)
         if self.dweight is not None:
             self.multiply(dz.t(), self.chunk, scale, self.dweight, add=self.begun)
         if self.dbias is not None:
