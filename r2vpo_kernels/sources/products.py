@@ -49,7 +49,7 @@ def _multiply(a, b, scale, out, add=False, bias=None):
     if a.dtype == out.dtype:
         start, beta = (out, float(add)) if bias is None else (bias, scale)
         torch.addmm(start, a, b, beta=beta, alpha=scale, out=out)
-    elif out.is_cuda and torch.version.hip is None:
+    elif out.is_cuda and out.dtype == torch.float32 and torch.version.hip is None:
         torch.addmm(out, a, b, beta=float(add), alpha=scale, out_dtype=torch.float32, out=out)
     else:
         # A product of halves comes rounded to them here: by blocks, in one tile for all.
@@ -65,14 +65,14 @@ def _multiply(a, b, scale, out, add=False, bias=None):
 
 
 class _MultiplyInFloat32:
-    """By torch, a block of halves at a time cast to float32: two tiles are read, one adds up."""
+    """By torch, in float32, halves cast a block at a time: two tiles are read, one adds up."""
 
     def __init__(self) -> None:
         self.tiles = [torch.empty(0, dtype=torch.float32)] * 3
 
     def __call__(self, a, b, scale, out, add=False, bias=None):
         sizes = (*a.shape, b.shape[1])
-        # No two sides of a block multiply to more than SIDE².
+        # A block has SIDE² elements at most, whichever two of the sizes are its sides.
         _, middle, _ = sorted(sizes)
         most = max(SIDE * SIDE // min(middle, SIDE) // ALIGNED, 1) * ALIGNED
         rows, inner, columns = (
@@ -111,17 +111,22 @@ class _MultiplyInFloat32:
 
 
 def _multiplier(x: Tensor, dtype: torch.dtype) -> Callable[..., None]:
-    """What multiplies matrices of a dtype where x lies.
+    """What multiplies matrices of a dtype where x lies."""
+    return _MultiplyInFloat32() if multiplies_in_float32(x, dtype) else _multiply
 
-    Without units for halves torch's products of them take ten to a hundred times as long on a CPU
-    as those of float32. R2VPO_KERNELS_HALF_PRODUCTS overrules what torch says of the processor.
+
+def multiplies_in_float32(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether matrices of a dtype, where x lies, are multiplied in float32 though they are halves.
+
+    On a CPU without units for them torch's own products take ten to a hundred times as long.
+    R2VPO_KERNELS_HALF_PRODUCTS, "native" or "float32", overrules what torch says of the processor.
     """
     if x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return _multiply
+        return False
     name = "R2VPO_KERNELS_HALF_PRODUCTS"
     kind = os.environ.get(name) or ("native" if _has_units(dtype) else "float32")
     check_choice(name, kind, ("native", "float32"))
-    return _multiply if kind == "native" else _MultiplyInFloat32()
+    return kind == "float32"
 
 
 @functools.cache
@@ -257,7 +262,7 @@ class Products:
     def gradients(self):
         """Of hidden states, head and bias, in their dtypes; empty where not wanted."""
         # Freed before `to` makes another tensor of the head's size.
-        del self.buffers
+        del self.buffers, self.multiply
         dbias = None if self.dbias is None else self.dbias.squeeze(1)
         return tuple(
             self.hidden.new_empty(0) if total is None else total.to(dtype)
