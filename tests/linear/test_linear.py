@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from support.harness import check_linear_case, truth_of
+from support.launches import count_launches
 from support.ops import COMPILER, check_op
 from support.strategies import DTYPES, linear_cases
 from support.tolerance import U, assert_within
@@ -341,6 +342,23 @@ def test_only_what_is_asked_for_is_computed(device, products, name):
             torch.testing.assert_close(ours.double(), true, rtol=scale, atol=scale)
     if frozen != "hidden" and gradients:
         assert not gradients[0][:masked].any() and (out.logps[:masked] == 0).all()
+
+
+@pytest.mark.parametrize("masked, most", [(0, 12), (1, 15)])
+def test_launches(kernels, device, masked, most):
+    """Five kernels, three products, and what finds the tokens, gathers them and puts them back."""
+    hidden, weight, labels, old_logps, advantages = draw(device)
+    labels[:masked] = -100
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    upstream = torch.ones((), device=device)
+
+    def call():
+        out = linear_r2vpo_loss(*leaves, labels, old_logps, advantages, backend=kernels)
+        torch.autograd.grad(out.loss, leaves, upstream)
+        out.metrics()
+
+    counts = count_launches(call)
+    assert counts["aten.addmm"] == 3 and counts.total() <= most, counts
 
 
 def test_without_grad_one_product(device, products):
