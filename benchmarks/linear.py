@@ -54,6 +54,7 @@ from parity import MULTIPLE, SAMPLED_ROWS, Parity, make_task  # noqa: E402
 
 from r2vpo_kernels import linear_r2vpo_loss, linear_token_logps  # noqa: E402
 from r2vpo_kernels.backends import registry  # noqa: E402
+from r2vpo_kernels.sources.products import multiplies_in_float32  # noqa: E402
 
 SHORT = {"n": [1024], "v": [151936], "h": [1024]}
 FULL = {"cpu": SHORT | {"n": [1024, 4096]}, "cuda": SHORT | {"n": [16384], "h": [4096]}}
@@ -124,7 +125,10 @@ class Contender:
 
 
 def three_products(hidden: Tensor, weight: Tensor, task: Task) -> Any:
-    """Logits and, as if these were their own gradient, the gradients of hidden states and head."""
+    """Logits and, as if these were their own gradient, the gradients of hidden states and head.
+
+    Where the linear route multiplies halves in float32, they are of float32 matrices.
+    """
     hidden = hidden.flatten(0, 1)
     z = hidden @ weight.t()
     return z, z @ weight, z.t() @ hidden
@@ -541,9 +545,12 @@ def cell(
     truth = Truth(hidden, weight, task)
 
     watch = Stopwatch(device)
+    bare = hidden, weight
+    if multiplies_in_float32(hidden, dtype):
+        bare = tuple(x.detach().float().requires_grad_() for x in bare)
     entries = [
-        Entry(contender, base | {"contender": contender.name}, hidden, weight, task, watch)
-        for contender in (PRODUCTS, *entrants)
+        Entry(contender, base | {"contender": contender.name}, *inputs, task, watch)
+        for contender, inputs in ((PRODUCTS, bare), *((x, (hidden, weight)) for x in entrants))
     ]
     for entry in entries:
         started = time.perf_counter()

@@ -7,6 +7,7 @@ import torch
 
 from .backends import registry
 from .backends.compiled import build_report
+from .sources.products import multiplies_in_float32
 
 
 def _version(package: str) -> str:
@@ -20,6 +21,9 @@ def main() -> None:
     print(f"r2vpo_kernels {_version('r2vpo_kernels')}")
     print(f"python {platform.python_version()}, {platform.machine()}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    for dtype in (torch.bfloat16, torch.float16):
+        how = "in float32" if multiplies_in_float32(torch.empty(0), dtype) else "by its units"
+        print(f"products of {dtype} matrices on this CPU: {how}")
     print(f"triton {_version('triton')}")
     found = registry.available()
     if "cpp" in found:

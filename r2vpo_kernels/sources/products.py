@@ -4,27 +4,35 @@ The logits of a chunk are a product into a buffer, which the kernels overwrite w
 two more products take that to the hidden states and the head.
 """
 
+import functools
+import os
+import platform
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import registry
+from ..checks import check_choice
 
 # Bytes that the logits of a chunk may take, unless one chunk is to hold all tokens.
 CHUNK_BYTES = {"cpu": 2**28, "elsewhere": 2**30}
 # Elements at a time, where a temporary of all would be large.
 TILE = {"cpu": 2**21, "elsewhere": 2**25}
+# The side of a block of a float32 product, 4 MB where it is square; and what sides are multiples
+# of, for rows that begin at a cache line.
+SIDE, ALIGNED = 1024, 64
 
 
 def _of_device(table, x):
     return table.get(x.device.type, table["elsewhere"])
 
 
-def _balanced(begin, end, most):
-    """Slices of equal length, of `most` at most."""
+def _balanced(begin, end, most, multiple=1):
+    """Slices of equal length, of `most` at most, itself a multiple."""
     number = -(-(end - begin) // most)
-    size = -(-(end - begin) // number) if number else 1
+    size = -(-(end - begin) // (number * multiple)) * multiple if number else 1
     return [slice(at, min(at + size, end)) for at in range(begin, end, size)]
 
 
@@ -33,24 +41,104 @@ def _blocks(rows: int, width: int, x: Tensor) -> list[slice]:
     return _balanced(0, rows, max(1, _of_device(TILE, x) // width))
 
 
-def _product(a, b, scale, out, keep=False):
-    """out = scale·(a @ b), added to what out holds if `keep`."""
-    beta = 1 if keep else 0
+# How a processor multiplies matrices: out = scale·(a @ b + bias), or `add` to a float32 out.
+
+
+def _multiply(a, b, scale, out, add=False, bias=None):
+    """By torch."""
     if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=scale, out=out)
+        start, beta = (out, float(add)) if bias is None else (bias, scale)
+        torch.addmm(start, a, b, beta=beta, alpha=scale, out=out)
     elif out.is_cuda and out.dtype == torch.float32 and torch.version.hip is None:
-        torch.addmm(out, a, b, beta=beta, alpha=scale, out_dtype=torch.float32, out=out)
+        torch.addmm(out, a, b, beta=float(add), alpha=scale, out_dtype=torch.float32, out=out)
     else:
         # A product of halves comes rounded to them here: by blocks, in one tile for all.
         blocks = _blocks(out.shape[0], out.shape[1], out)
         tile = a.new_empty(out[blocks[0]].shape)
         for rows in blocks:
-            part = _product(a[rows], b, scale, tile[: rows.stop - rows.start])
-            if keep:
+            part = tile[: rows.stop - rows.start]
+            _multiply(a[rows], b, scale, part)
+            if add:
                 out[rows] += part
             else:
                 out[rows] = part
-    return out
+
+
+class _MultiplyInFloat32:
+    """By torch, in float32, halves cast a block at a time: two tiles are read, one adds up."""
+
+    def __init__(self) -> None:
+        self.tiles = [torch.empty(0, dtype=torch.float32)] * 3
+
+    def __call__(self, a, b, scale, out, add=False, bias=None):
+        sizes = (*a.shape, b.shape[1])
+        # A block has SIDE² elements at most, whichever two of the sizes are its sides.
+        _, middle, _ = sorted(sizes)
+        most = max(SIDE * SIDE // min(middle, SIDE) // ALIGNED, 1) * ALIGNED
+        rows, inner, columns = (
+            _balanced(0, size, SIDE if size <= middle else most, ALIGNED) for size in sizes
+        )
+        self.held = [None, None]
+        for j in columns:
+            for i in rows:
+                total = out[i, j]
+                if out.dtype != torch.float32:
+                    total = self._tile(2, total.shape)
+                start, beta = (total, float(add)) if bias is None else (bias[j].float(), scale)
+                for k in inner:
+                    left, right = self._cast(0, a, i, k), self._cast(1, b, k, j)
+                    torch.addmm(start, left, right, beta=beta, alpha=scale, out=total)
+                    start, beta = total, 1.0
+                if out.dtype != torch.float32:
+                    out[i, j] = total
+
+    def _tile(self, which, shape):
+        size = shape[0] * shape[1]
+        if self.tiles[which].numel() < size:
+            self.tiles[which] = torch.empty(size, dtype=torch.float32)
+        return self.tiles[which][:size].view(shape)
+
+    def _cast(self, which, x, rows, columns):
+        """A block of a factor, in the order in which it lies in memory."""
+        if x.stride(0) < x.stride(1):
+            return self._cast(which, x.t(), columns, rows).t()
+        block = x[rows, columns]
+        tile = self._tile(which, block.shape)
+        if self.held[which] != (rows, columns):
+            self.held[which] = rows, columns
+            tile.copy_(block)
+        return tile
+
+
+def _multiplier(x: Tensor, dtype: torch.dtype) -> Callable[..., None]:
+    """What multiplies matrices of a dtype where x lies."""
+    return _MultiplyInFloat32() if multiplies_in_float32(x, dtype) else _multiply
+
+
+def multiplies_in_float32(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether matrices of a dtype, where x lies, are multiplied in float32 though they are halves.
+
+    On a CPU without units for them torch's own products take ten to a hundred times as long.
+    R2VPO_KERNELS_HALF_PRODUCTS, "native" or "float32", overrules what torch says of the processor.
+    """
+    if x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    name = "R2VPO_KERNELS_HALF_PRODUCTS"
+    kind = os.environ.get(name) or ("native" if _has_units(dtype) else "float32")
+    check_choice(name, kind, ("native", "float32"))
+    return kind == "float32"
+
+
+@functools.cache
+def _has_units(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    # On x86 oneDNN takes bfloat16 from AVX-512 on, with instructions for it or without.
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    instructions = not x86 or torch.cpu._is_avx512_bf16_supported()
+    return instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _in_order(activity):
@@ -58,10 +146,17 @@ def _in_order(activity):
 
     None for the order where all have a gradient. Counting is what waits for a GPU, once.
     """
-    counts = torch.stack([(activity == 0).sum(), (activity < 2).sum()]).tolist()
-    if counts[0] == activity.shape[0]:
-        return None, counts
-    return activity.argsort(stable=True), counts
+    ordered, order = activity.sort(stable=True)
+    ends = torch.arange(1, 3, dtype=activity.dtype, device=activity.device)
+    first, both = torch.searchsorted(ordered, ends).tolist()
+    return None if first == activity.shape[0] else order, first, both
+
+
+def _put_rows(x, rows, values):
+    # index_copy_ takes an element at a time: the wider, the fewer.
+    if x.shape[1] * x.itemsize % 8 == 0:
+        x, values = x.view(torch.int64), values.view(torch.int64)
+    x.index_copy_(0, rows, values)
 
 
 class Head(NamedTuple):
@@ -101,7 +196,7 @@ class Products:
         # One chunk saves the float32 accumulator, unless the gradient is one itself.
         saved = 4 * weight.numel() if wanted[1] and weight.dtype != torch.float32 else 0
         tokens = hidden.shape[0]
-        order, (first, both) = _in_order(activity) if compact else (None, (tokens, tokens))
+        order, first, both = _in_order(activity) if compact else (None, tokens, tokens)
         whole = first if first * token <= budget + saved else 0
         most = chunk_tokens or max(1, budget // token, whole)
         places = _balanced(0, first, most), _balanced(first, both, most)
@@ -109,58 +204,65 @@ class Products:
             [place if order is None else order[place] for place in chunks] for chunks in places
         )
         longest = max((p.stop - p.start for chunks in places for p in chunks), default=0)
-        self.buffers = registry.advise_huge_pages(
-            self.weight.new_empty(buffers, longest, weight.shape[0])
-        )
+        empty, size = self.weight.new_empty, (longest, weight.shape[0])
+        self.buffers = [registry.advise_huge_pages(empty(size)) for _ in range(buffers)]
 
-        def empty(x, *shape):
+        def total(x, *shape):
             # A sum over several chunks is float32; what is one product is rounded once.
             dtype = x.dtype if len(self.gradient_chunks) == 1 else torch.float32
             if not self.gradient_chunks:
                 return x.new_zeros(shape)
             return registry.advise_huge_pages(x.new_empty(shape, dtype=dtype))
 
-        self.dhidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
-        self.dweight = empty(weight, *weight.shape) if wanted[1] else None
-        self.dbias = empty(bias, weight.shape[0], 1) if wanted[2] else None
+        # Where there is an order, some tokens have no gradient.
+        made = hidden.new_empty if order is None else hidden.new_zeros
+        self.dhidden = made(hidden.shape) if wanted[0] else None
+        self.dweight = total(weight, *weight.shape) if wanted[1] else None
+        self.dbias = total(bias, weight.shape[0], 1) if wanted[2] else None
         self.begun = False
+        self.multiply = _multiplier(hidden, dtype)
+
+    def _buffers(self):
+        """Those of the logits of this chunk and, with a softcap, of their slope."""
+        return [buffer[: self.chunk.shape[0]] for buffer in self.buffers]
 
     def logits(self, rows):
         """Eq. 27: (1, n, V), for the kernels to read or to overwrite, until the next chunk."""
-        self.chunk = self.hidden[rows].to(self.weight.dtype)
-        z = self.buffers[0, : self.chunk.shape[0]]
-        if self.bias is None:
-            _product(self.chunk, self.weight.t(), self.scale, z)
-        else:
-            scale = self.scale
-            torch.addmm(self.bias, self.chunk, self.weight.t(), beta=scale, alpha=scale, out=z)
+        indexed = isinstance(rows, Tensor)
+        hidden = self.hidden.index_select(0, rows) if indexed else self.hidden[rows]
+        self.chunk = hidden.to(self.weight.dtype)
+        z, *slopes = self._buffers()
+        self.multiply(self.chunk, self.weight.t(), self.scale, z, bias=self.bias)
         if self.softcap is not None:
             for block in _blocks(z.shape[0], z.shape[1], z):
                 t = torch.tanh(z[block].float() / self.softcap)
                 z[block] = self.softcap * t
-                if len(self.buffers) == 2:
-                    self.buffers[1, block] = 1 - t * t
+                for slope in slopes:
+                    slope[block] = 1 - t * t
         return z.unsqueeze(0)
 
     def add_gradients(self, rows):
         """Eq. 28, from the gradient that has taken the place of the logits of these rows."""
-        dz, scale = self.buffers[0, : self.chunk.shape[0]], self.scale
-        if self.softcap is not None:
-            dz *= self.buffers[1, : self.chunk.shape[0]]
+        (dz, *slopes), scale = self._buffers(), self.scale
+        for slope in slopes:
+            dz *= slope
         if self.dhidden is not None:
-            out = self.dhidden.new_empty(self.chunk.shape)
-            self.dhidden[rows] = _product(dz, self.weight, scale, out)
+            indexed = isinstance(rows, Tensor)
+            out = self.dhidden.new_empty(self.chunk.shape) if indexed else self.dhidden[rows]
+            self.multiply(dz, self.weight, scale, out)
+            if indexed:
+                _put_rows(self.dhidden, rows, out)
         if self.dweight is not None:
-            _product(dz.t(), self.chunk, scale, self.dweight, self.begun)
+            self.multiply(dz.t(), self.chunk, scale, self.dweight, add=self.begun)
         if self.dbias is not None:
             ones = self.chunk.new_ones(self.chunk.shape[0], 1)
-            _product(dz.t(), ones, scale, self.dbias, self.begun)
+            self.multiply(dz.t(), ones, scale, self.dbias, add=self.begun)
         self.begun = True
 
     def gradients(self):
         """Of hidden states, head and bias, in their dtypes; empty where not wanted."""
         # Freed before `to` makes another tensor of the head's size.
-        del self.buffers
+        del self.buffers, self.multiply
         dbias = None if self.dbias is None else self.dbias.squeeze(1)
         return tuple(
             self.hidden.new_empty(0) if total is None else total.to(dtype)

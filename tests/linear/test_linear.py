@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from support.harness import check_linear_case, truth_of
+from support.launches import count_launches
 from support.ops import COMPILER, check_op
 from support.strategies import DTYPES, linear_cases
 from support.tolerance import U, assert_within
@@ -41,6 +42,16 @@ def route(request):
     return request.param
 
 
+@pytest.fixture(scope="module", params=["native", "float32"])
+def halves(request):
+    """How a CPU multiplies them, whatever its units; in blocks of which H, V and N need several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R2VPO_KERNELS_HALF_PRODUCTS", request.param)
+        patch.setattr(module, "SIDE", 8)
+        patch.setattr(module, "ALIGNED", 4)
+        yield request.param
+
+
 def draw(device, batch=4, length=5, dtype=torch.float32, seed=0, vocabulary=V):
     """(hidden, weight, labels, old_logps, advantages)"""
     g = torch.Generator().manual_seed(seed)
@@ -63,14 +74,14 @@ def run(hidden, weight, *arguments, upstream=1.0, **keywords):
 
 @settings(max_examples=20)
 @given(linear_cases())
-def test_any_call_is_within_the_budget(backend, device, linear):
+def test_any_call_is_within_the_budget(backend, device, halves, linear):
     inputs, labels, head, keywords = linear.tensors(device)
     check_linear_case(inputs, labels, head, keywords, backend)
 
 
 @settings(max_examples=20)
 @given(linear_cases(center="one", level="token", reduction="token-mean"))
-def test_the_one_pass_route_is_within_the_budget(kernels, device, linear):
+def test_the_one_pass_route_is_within_the_budget(kernels, device, halves, linear):
     inputs, labels, head, keywords = linear.tensors(device)
     check_linear_case(inputs, labels, head, keywords, kernels)
 
@@ -78,7 +89,7 @@ def test_the_one_pass_route_is_within_the_budget(kernels, device, linear):
 @pytest.mark.parametrize("center", ["one", "group"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_tokens", [None, 7])
-def test_an_upstream_gradient_scales(route, device, center, dtype, chunk_tokens):
+def test_an_upstream_gradient_scales(route, device, halves, center, dtype, chunk_tokens):
     hidden, weight, labels, old_logps, advantages = draw(device, dtype=dtype)
     keywords = {"old_logps": old_logps, "advantages": advantages, "center": center}
     head = {"chunk_tokens": chunk_tokens}
@@ -87,7 +98,7 @@ def test_an_upstream_gradient_scales(route, device, center, dtype, chunk_tokens)
         check_linear_case(inputs, labels, head, keywords, route, upstream)
 
 
-def test_rounding_is_no_worse_than_that_of_eager_torch(device):
+def test_rounding_is_no_worse_than_that_of_eager_torch(device, halves):
     """RMS errors in bfloat16, pooled: logits and their gradient are rounded in both."""
     errors = {}
     for backend in ("auto", "eager"):
@@ -102,7 +113,7 @@ def test_rounding_is_no_worse_than_that_of_eager_torch(device):
     assert (errors["auto"] <= 2 * errors["eager"]).all(), errors
 
 
-def test_sums_over_chunks_are_float32(device):
+def test_sums_over_chunks_are_float32(device, halves):
     """Many equal parts: a sum in bfloat16 stops growing at some hundreds of them."""
     hidden, weight, labels, _, _ = draw(device, 1, 1, torch.bfloat16)
     many = hidden.expand(1, 600, H), weight, labels.expand(1, 600), None, torch.ones(1).to(device)
@@ -112,7 +123,7 @@ def test_sums_over_chunks_are_float32(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_as_from_the_logits(kernels, device, dtype):
+def test_the_same_as_from_the_logits(kernels, device, halves, dtype):
     """By a head that adds nothing up: the bits of whole logits; dweight to its own rounding."""
     hidden, _, labels, old_logps, advantages = draw(device)
     leaf = ((8 * hidden).round() / 8).to(dtype).requires_grad_()
@@ -130,8 +141,9 @@ def test_the_same_as_from_the_logits(kernels, device, dtype):
         )  # fmt: skip
         assert torch.equal(out.loss, whole.loss) and torch.equal(out.logps, whole.logps)
         assert torch.equal(dhidden, dlogits[..., :H])
-        several = chunk_tokens is not None and chunk_tokens < 20
-        bound = (22 * U + (v if several else 0)) * size
+        # A chunk's part of a native product of halves is rounded before it is added.
+        parts_are_rounded = halves == "native" and chunk_tokens not in (None, 20)
+        bound = (22 * U + (v if parts_are_rounded else 0)) * size
         assert_within("dweight", dweight, exact, bound, dtype=dtype)
 
 
@@ -188,6 +200,55 @@ def test_token_logps_from_hidden_states(route, device):
     assert not found[0][~mask].any()
 
 
+# Products of halves in float32.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(20, 16, 40), (1, 30, 1), (7, 3, 100), (33, 33, 33)])
+def test_a_float32_product_of_halves(monkeypatch, dtype, sizes):
+    """In any order of memory: every element to float32's rounding, and no tile over its size."""
+    monkeypatch.setattr(module, "SIDE", 8)
+    monkeypatch.setattr(module, "ALIGNED", 4)
+    rows, inner, columns = sizes
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, inner, generator=g).to(dtype) for n in (rows, columns))
+    bias, given = (torch.randn(n, columns, generator=g) for n in (1, rows))
+    size = a.double().abs() @ b.double().abs().t() + bias.abs() + given.abs()
+    exact = 0.7 * (a.double() @ b.double().t())
+    multiply = module._MultiplyInFloat32()
+    for left in (a, a.t().contiguous().t()):
+        for right in (b.t(), b.t().contiguous()):
+            total = given.clone()
+            multiply(left, right, 0.7, total, add=True)
+            assert_within("sum", total, exact + given, (inner + 3) * U * size)
+            rounded = torch.empty(rows, columns, dtype=dtype)
+            multiply(left, right, 0.7, rounded, bias=bias[0].to(dtype))
+            truth = exact + 0.7 * bias.to(dtype).double()
+            assert_within("rounded", rounded, truth, (inner + 3) * U * size, dtype=dtype, ulps=0.5)
+    assert all(tile.numel() <= module.SIDE**2 for tile in multiply.tiles)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_who_multiplies_halves(monkeypatch, dtype):
+    """What torch says of the processor, or the environment; and neither for float32."""
+    x, name = torch.ones(1), "R2VPO_KERNELS_HALF_PRODUCTS"
+
+    def by_blocks(dtype):
+        return module.multiplies_in_float32(x, dtype)
+
+    monkeypatch.delenv(name, raising=False)
+    for units in (True, False):
+        monkeypatch.setattr(module, "_has_units", lambda dtype, units=units: units)
+        assert by_blocks(dtype) != units and not by_blocks(torch.float32)
+        for kind in ("native", "float32"):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, kind)
+                assert by_blocks(dtype) == (kind == "float32") and not by_blocks(torch.float32)
+    monkeypatch.setenv(name, "float64")
+    with pytest.raises(ValueError, match=rf"^{name}: got 'float64'"):
+        by_blocks(dtype)
+
+
 # What is computed.
 
 
@@ -195,14 +256,19 @@ def test_token_logps_from_hidden_states(route, device):
 def products(monkeypatch):
     """How many tokens enter each product, in order."""
     seen = []
-    original = module._product
+    original = module._multiplier
 
-    def counted(a, b, scale, out, keep=False):
-        # Tokens are rows of logits and of dhidden, and columns of the first factor of dweight.
-        seen.append(a.shape[1] if out.shape[0] == V else a.shape[0])
-        return original(a, b, scale, out, keep)
+    def counting(x, dtype):
+        multiply = original(x, dtype)
 
-    monkeypatch.setattr(module, "_product", counted)
+        def counted(a, b, scale, out, **options):
+            # Tokens are rows of logits and of dhidden, and columns of the first factor of dweight.
+            seen.append(a.shape[1] if out.shape[0] == V else a.shape[0])
+            multiply(a, b, scale, out, **options)
+
+        return counted
+
+    monkeypatch.setattr(module, "_multiplier", counting)
     return seen
 
 
@@ -278,6 +344,23 @@ def test_only_what_is_asked_for_is_computed(device, products, name):
         assert not gradients[0][:masked].any() and (out.logps[:masked] == 0).all()
 
 
+@pytest.mark.parametrize("masked, most", [(0, 12), (1, 15)])
+def test_launches(kernels, device, masked, most):
+    """Five kernels, three products, and what finds the tokens, gathers them and puts them back."""
+    hidden, weight, labels, old_logps, advantages = draw(device)
+    labels[:masked] = -100
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    upstream = torch.ones((), device=device)
+
+    def call():
+        out = linear_r2vpo_loss(*leaves, labels, old_logps, advantages, backend=kernels)
+        torch.autograd.grad(out.loss, leaves, upstream)
+        out.metrics()
+
+    counts = count_launches(call)
+    assert counts["aten.addmm"] == 3 and counts.total() <= most, counts
+
+
 def test_without_grad_one_product(device, products):
     hidden, weight, *rest = draw(device)
     with torch.no_grad():
@@ -312,7 +395,7 @@ def test_one_chunk_wherever_its_logits_need_no_more_than_it_saves(device, produc
         assert products == [1] * 20
 
 
-def test_gradients_come_in_the_dtypes_of_the_parameters(device):
+def test_gradients_come_in_the_dtypes_of_the_parameters(device, halves):
     """Under autocast products are bfloat16, and the gradient of a float32 head is float32."""
     hidden, weight, labels, old_logps, advantages = draw(device)
     keywords = {"old_logps": old_logps, "advantages": advantages}
@@ -336,7 +419,7 @@ def test_gradients_come_in_the_dtypes_of_the_parameters(device):
 
 @settings(max_examples=10)
 @given(linear_cases(masking="bool"))
-def test_nothing_at_a_masked_token_matters(backend, device, linear):
+def test_nothing_at_a_masked_token_matters(backend, device, halves, linear):
     """NaN in the hidden states there: the same bits, a gradient of exact zeros."""
     inputs, labels, head, keywords = linear.tensors(device)
     masked = keywords["mask"] == 0
@@ -399,7 +482,7 @@ def test_micro_batches_sum_to_the_batch(route, device, center, chunk_tokens):
     assert abs(sum(out.loss for out, _, _ in results) - whole.loss) <= 2 * truth.loss_bound.sum()
 
 
-def test_repetition_and_a_kept_graph_give_the_same_bits(route, device):
+def test_repetition_and_a_kept_graph_give_the_same_bits(route, device, halves):
     hidden, weight, *rest = draw(device, dtype=torch.bfloat16)
     for center in ("one", "group"):
         keywords = {"backend": route, "center": center, "chunk_tokens": 6}
@@ -412,7 +495,7 @@ def test_repetition_and_a_kept_graph_give_the_same_bits(route, device):
             assert torch.equal(a, b) and torch.equal(b, c)
 
 
-def test_on_policy_against_what_was_recorded(kernels, device):
+def test_on_policy_against_what_was_recorded(kernels, device, halves):
     """Log-probs recorded by linear_token_logps, chunk by chunk, give a log-ratio of exactly 0."""
     hidden, weight, labels, _, advantages = draw(device, dtype=torch.bfloat16)
     for chunk_tokens in (None, 7):
@@ -424,7 +507,7 @@ def test_on_policy_against_what_was_recorded(kernels, device):
         assert torch.equal(dhidden, same)
 
 
-def test_float16_gradients_survive_a_loss_scale(device):
+def test_float16_gradients_survive_a_loss_scale(device, halves):
     """A gradient under float16's smallest number, but for the loss scale."""
     hidden, weight, labels, old_logps, advantages = draw(device, dtype=torch.float16)
     keywords = {"normalizer": 1e9, "backend": "auto"}
@@ -604,8 +687,9 @@ print(peak_memory(step, device), 2 * chunk * vocabulary, 4 * weight.numel())
 """
 
 
+@pytest.mark.parametrize("halves", [{}, {"R2VPO_KERNELS_HALF_PRODUCTS": "float32"}])
 @pytest.mark.parametrize("center", ["one", "group"])
-def test_memory_is_a_chunk_and_a_float32_sum(device, center):
+def test_memory_is_a_chunk_and_a_float32_sum(device, center, halves):
     """By measurement, above the inputs, in a process of its own."""
     folder = Path(__file__).parents[2]
     path = os.pathsep.join([str(folder), str(folder / "benchmarks")])
@@ -613,7 +697,7 @@ def test_memory_is_a_chunk_and_a_float32_sum(device, center):
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, device.type, center], capture_output=True, text=True,
         # Left to itself, glibc keeps ever larger blocks that were freed.
-        env=environment | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        env=environment | halves | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     peak, logits, total = run.stdout.split()
@@ -622,8 +706,8 @@ def test_memory_is_a_chunk_and_a_float32_sum(device, center):
     peak, logits, total = int(peak), int(logits), int(total)
     # At the last the logits are gone, and beside the sum is what is returned.
     buffers = max(logits + total, total + total // 2)
-    # A block of a product, it in float32, what the product copies, and what the allocator keeps;
-    # less than a chunk's logits, which would be seen.
+    # A block of a product, it in float32 (or the tiles of a float32 product), what the product
+    # copies, and what the allocator keeps; less than a chunk's logits, which would be seen.
     blocks = 14 * module.TILE["cpu" if device.type == "cpu" else "elsewhere"]
     assert device.type != "cpu" or blocks < logits
     assert peak <= buffers + blocks
