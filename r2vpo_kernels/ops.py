@@ -49,6 +49,7 @@ def register(
     """
 
     def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.no_grad()
         def checked(*arguments: Any) -> Any:
             for argument, value in zip(overload._schema.arguments, arguments, strict=True):
                 if isinstance(value, Tensor):

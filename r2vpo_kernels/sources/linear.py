@@ -27,14 +27,15 @@ from ..checks import (
 from ..objective import Objective
 from .autograd import (
     Result,
+    first_derivative,
     like_labels,
     reference_loss,
-    refuse_double_backward,
     result,
     row_gradients,
     scale_saved_gradient,
     slopes_of,
     takes_one_pass,
+    unshared,
 )
 from .products import Head, Products
 from .shard import VocabularyShard
@@ -230,28 +231,26 @@ def _backward(ctx, saved, *gradients):
         # Each rank has found what comes from its own words.
         dhidden = ctx.shard.sum(dhidden)
     found = zip((dhidden, *others), wanted, strict=True)
-    return *(x if wants else None for x, wants in found), *[None] * ctx.others
+    return tuple(x if wants else None for x, wants in found)
 
 
-def _save(ctx, inputs, saved, options, shard, asked, others):
+def _save(ctx, inputs, saved, options, shard, asked):
     ctx.save_for_backward(*inputs, *saved)
     ctx.options, ctx.shard = options, shard
     call = ops.Call.of(asked)
     ctx.with_entropy, ctx.backend = call.with_entropy, call.backend
-    ctx.others = others + len(asked)
 
 
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, bias, options, shard, *asked):
-        saved = _forward(hidden, head, bias, options, shard, asked)
-        _save(ctx, (hidden, head, bias), saved, options, shard, asked, 2)
-        _, logps, _, _, entropy = saved
-        return logps, entropy
+        workspace, *saved = _forward(hidden, head, bias, options, shard, asked)
+        _save(ctx, (hidden, head, bias), (workspace, *saved), options, shard, asked)
+        return unshared(saved, any(ctx.needs_input_grad))
 
     @staticmethod
+    @first_derivative
     def backward(ctx, grad_logps, grad_entropy):
-        refuse_double_backward()
         upstream = grad_logps.contiguous(), grad_entropy.contiguous(), None
         return _backward(ctx, ctx.saved_tensors, *upstream)
 
@@ -265,7 +264,7 @@ class _LinearGeneral(torch.autograd.Function):
     ):
         saved = _forward(hidden, head, bias, options, shard, asked)
         workspace, logps, _, _, entropy = saved
-        loss, stats, metrics, slopes = ops.finish(
+        *results, slopes = ops.finish(
             workspace,
             logps,
             entropy,
@@ -275,15 +274,15 @@ class _LinearGeneral(torch.autograd.Function):
             with_slopes,
             ops.Call.of(asked).backend,
         )
-        _save(ctx, (hidden, head, bias), (*saved, slopes), options, shard, asked, 5)
+        _save(ctx, (hidden, head, bias), (*saved, slopes), options, shard, asked)
         ctx.finish_options = groups, *finish_options
-        ctx.mark_non_differentiable(stats, metrics, logps, entropy)
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        return loss, stats, metrics, logps, entropy
+        return tuple(results)
 
     @staticmethod
+    @first_derivative
     def backward(ctx, upstream, *_):
-        refuse_double_backward()
         *saved, slopes = ctx.saved_tensors
         gradients = row_gradients(*slopes_of(ctx, saved[3:], slopes, upstream))
         return _backward(ctx, saved, *gradients)
@@ -298,14 +297,14 @@ class _LinearOnePass(torch.autograd.Function):
             hidden, head, bias, *options, wanted, *asked
         )
         ctx.save_for_backward(dhidden, dhead, dbias)
-        ctx.backend, ctx.others = ops.Call.of(asked).backend, 2 + len(asked)
+        ctx.backend = ops.Call.of(asked).backend
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
+    @first_derivative
     def backward(ctx, upstream, *_):
-        refuse_double_backward()
         gradients: list[Tensor | None] = []
         for gradient, wants in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
             if wants:
@@ -314,7 +313,7 @@ class _LinearOnePass(torch.autograd.Function):
                 gradients.append(scaled.view_as(gradient))
             else:
                 gradients.append(None)
-        return *gradients, *[None] * ctx.others
+        return tuple(gradients)
 
 
 @dataclass(frozen=True)
