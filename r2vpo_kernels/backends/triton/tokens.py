@@ -157,11 +157,7 @@ def _group_sum(sums, groups, ROW: tl.constexpr, group):
     return tl.load(place, mask=group < groups, other=0.0, cache_modifier=".cg")
 
 
-_POINTERS = "workspace logps entropy upstream means loss stats metrics dlogps dentropy scratch"
-_kernel = launch.kernel("tokens units groups parts upstream_unit upstream_token", _POINTERS)
-
-
-@_kernel
+@launch.Kernel
 def means_kernel(
     workspace, logps, upstream, means, scratch,
     tokens: tl.int64, units: tl.int64, groups: tl.int64,
@@ -262,7 +258,7 @@ def _store_metrics(metrics, scratch, MOST: tl.constexpr):
     tl.store(metrics + 10, (_total(scratch, 8, MOST) / count).to(tl.float32))
 
 
-@_kernel
+@launch.Kernel
 def finish_kernel(
     workspace, logps, entropy, upstream, means, loss, stats, metrics, dlogps, dentropy, scratch,
     tokens: tl.int64, units: tl.int64, groups: tl.int64, parts: tl.int32,
@@ -433,28 +429,29 @@ def _programs(tokens: int, units: int) -> tuple[int, int, int]:
 def means(t, logps, upstream, means) -> None:
     """Write Eq. 9's μ - 1 and κ of each group into means (2, G)."""
     unit_tile, token_tile, programs = _programs(t.tokens, t.units)
-    with torch.cuda.device_of(t.workspace):
-        size = MEANS_MOMENTS.value * (t.units + t.groups)
-        scratch = t.workspace.new_empty(size, dtype=torch.float64)
-        means_kernel[(programs,)](
-            t.workspace, logps, upstream.tensor, means, scratch, t.tokens, t.units, t.groups,
-            upstream.stride_unit, upstream.stride_token,
-            ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, ONE_GROUP=t.groups == 1,
-            UNITS=unit_tile, TOKENS=token_tile, **launch.target_options(launch.TOKEN_THREADS),
-        )  # fmt: skip
+    size = MEANS_MOMENTS.value * (t.units + t.groups)
+    scratch = t.workspace.new_empty(size, dtype=torch.float64)
+    means_kernel(
+        programs, (t.workspace, logps, upstream.tensor, means, scratch),
+        (t.tokens, t.units, t.groups, upstream.stride_unit, upstream.stride_token),
+        ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, ONE_GROUP=t.groups == 1,
+        UNITS=unit_tile, TOKENS=token_tile,
+    )  # fmt: skip
 
 
 def finish(t, logps, entropy, upstream, means, loss, stats, metrics, dlogps, dentropy) -> None:
     """Write the loss, the groups' moments, the metrics and, if given, dL/dlogp and dL/dH."""
     unit_tile, token_tile, programs = _programs(t.tokens, t.units)
-    with torch.cuda.device_of(t.workspace):
-        size = TOTALS.value * programs + FINISH_MOMENTS.value * (t.units + t.groups)
-        scratch = t.workspace.new_empty(size, dtype=torch.float64)
-        finish_kernel[(programs,)](
+    size = TOTALS.value * programs + FINISH_MOMENTS.value * (t.units + t.groups)
+    scratch = t.workspace.new_empty(size, dtype=torch.float64)
+    finish_kernel(
+        programs,
+        (
             t.workspace, logps, entropy, upstream.tensor, means, loss, stats, metrics, dlogps,
-            dentropy, scratch, t.tokens, t.units, t.groups, t.parts,
-            upstream.stride_unit, upstream.stride_token,
-            ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, KL=KL_ESTIMATORS[t.kl],
-            PER_TOKEN=loss.dim() == 1, ONE_GROUP=t.groups == 1, UNITS=unit_tile, TOKENS=token_tile,
-            MOST=launch.MOST_PROGRAMS, **launch.target_options(launch.TOKEN_THREADS),
-        )  # fmt: skip
+            dentropy, scratch,
+        ),
+        (t.tokens, t.units, t.groups, t.parts, upstream.stride_unit, upstream.stride_token),
+        ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, KL=KL_ESTIMATORS[t.kl],
+        PER_TOKEN=loss.dim() == 1, ONE_GROUP=t.groups == 1, UNITS=unit_tile, TOKENS=token_tile,
+        MOST=launch.MOST_PROGRAMS,
+    )  # fmt: skip
