@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -57,7 +57,7 @@ class Kernel:
         self.jit = triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(
             function
         )
-        self.variants: dict[tuple, triton.compiler.CompiledKernel | None] = {}
+        self.variants: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, programs, pointers, numbers, *, threads=TOKEN_THREADS, **flags) -> None:
         device = pointers[0].get_device()

@@ -16,11 +16,16 @@ from .math import (
     KL_ESTIMATORS,
     LN_2,
     LOG2_E,
-    clamped,
     difference,
+    entropy_slope,
     expm1,
     kl_slope,
+    kl_term,
     nan_maximum,
+    penalty_term,
+    policy_term,
+    ratio_of,
+    ratio_slope,
 )
 from .workspace import (
     ADVANTAGE,
@@ -186,18 +191,17 @@ def _dlogp(
 ):  # fmt: skip
     """Eq. 7: dL/dlogp of one token from its own numbers."""
     clamp = tl.load(workspace + CLAMP)
-    old_logp = logp if ON_POLICY else tl.load(workspace + HEADER + tokens * OLD_LOGP + token)
-    raw = difference(logp, old_logp)
-    delta = clamped(raw, clamp)
-    brake = 2.0 * tl.load(workspace + HEADER + tokens * VARIANCE_COEF + token)
-    brake *= expm1(delta) - tl.load(workspace + HEADER + tokens * CENTER + token)
-    slope = (
-        weight * tl.exp(delta) * (brake - tl.load(workspace + HEADER + tokens * ADVANTAGE + token))
-    )
-    slope = tl.where(tl.abs(raw) > clamp, 0.0, slope)
+    place = workspace + HEADER + token
+    old_logp = logp if ON_POLICY else tl.load(place + tokens * OLD_LOGP)
+    _delta, d, ratio, is_clamped = ratio_of(difference(logp, old_logp), clamp)
+    _policy, policy_slope = policy_term(tl.load(place + tokens * ADVANTAGE), ratio, is_clamped)
+    coef = tl.load(place + tokens * VARIANCE_COEF)
+    center = tl.load(place + tokens * CENTER)
+    _penalty, penalty_slope = penalty_term(coef, center, d, ratio, is_clamped)
+    slope = ratio_slope(policy_slope, penalty_slope, weight)
     if KL > 0:
-        ref_logp = tl.load(workspace + HEADER + tokens * REF_LOGP + token)
-        slope += weight * tl.load(workspace + KL_COEF) * kl_slope(logp, ref_logp, clamp, KL)
+        _kl, kl_raw_slope = kl_term(logp, tl.load(place + tokens * REF_LOGP), clamp, KL)
+        slope += kl_slope(tl.load(workspace + KL_COEF), kl_raw_slope, weight)
     return slope
 
 
@@ -308,7 +312,9 @@ def one_pass_kernel(
             )
             weight = tl.div_rn(tl.load(workspace + HEADER + tokens * TOKEN_WEIGHT + token), divisor)
             dlogp = _dlogp(logp, workspace, tokens, token, weight, ON_POLICY, KL)
-            dentropy = -weight * tl.load(workspace + ENTROPY_COEF) if ENTROPY else 0.0
+            dentropy = 0.0
+            if ENTROPY:
+                dentropy = entropy_slope(tl.load(workspace + ENTROPY_COEF), weight)
             _second_look(
                 z, grad_row, lead, end, label, temperature, logp, top, log_total, entropy_t,
                 dlogp, dentropy, ENTROPY, ALIGNED, BLOCK, STAGES,
@@ -358,7 +364,7 @@ def _launch(
     tuning = next(tuning for most, tuning in launch.TUNING if row_bytes <= most)
     per_thread = tuning.per_thread if aligned else launch.PER_THREAD_PEELED
     longest = vocabulary if aligned else vocabulary + vector - 1
-    block = min(triton.next_power_of_2(longest), tuning.threads * per_thread)
+    block = min(1 << (longest - 1).bit_length(), tuning.threads * per_thread)
     programs = rows
     if persistent:
         programs = min(rows, tuning.programs * launch.multiprocessors(logits.get_device()))

@@ -1,6 +1,5 @@
 """Triton kernels for a vocabulary shared out over ranks: `shard_parts`, `shard_combine`."""
 
-import triton
 import triton.language as tl
 
 from . import launch
@@ -74,8 +73,7 @@ def _launch(kernel, t, pointers, number) -> None:
     """One program for each block of tokens."""
     block = launch.LANES
     if t.tokens:
-        programs = triton.cdiv(t.tokens, block)
-        kernel(programs, (t.workspace, *pointers), (t.tokens, number), BLOCK=block)
+        kernel(-(-t.tokens // block), (t.workspace, *pointers), (t.tokens, number), BLOCK=block)
 
 
 def shard_parts(t, words, logps, top, log_total, entropy, whole_top, parts) -> None:

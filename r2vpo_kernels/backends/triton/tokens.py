@@ -12,13 +12,18 @@ import triton.language as tl
 from . import launch
 from .math import (
     KL_ESTIMATORS,
-    clamped,
+    center_slope,
     difference,
-    expm1,
+    entropy_slope,
     kl_slope,
-    kl_value,
+    kl_term,
+    loss_value,
     nan_maximum,
     nan_minimum,
+    penalty_term,
+    policy_term,
+    ratio_of,
+    ratio_slope,
 )
 from .workspace import (
     ADVANTAGE,
@@ -186,7 +191,8 @@ def means_kernel(
             else:
                 logp = tl.load(logps + token, mask=valid, other=0.0)
                 raw = _raw(place, tokens, logp, valid, ON_POLICY)
-            d = expm1(clamped(raw, clamp)).to(tl.float64)
+            _delta, d, _ratio, _is_clamped = ratio_of(raw, clamp)
+            d = d.to(tl.float64)
             weight = tl.load(place + tokens * TOKEN_WEIGHT, mask=valid, other=0.0).to(tl.float64)
             coef = tl.load(place + tokens * VARIANCE_COEF, mask=valid, other=0.0).to(tl.float64)
             coef *= weight * _upstream(upstream, upstream_unit, upstream_token, unit, token, valid)
@@ -306,33 +312,29 @@ def finish_kernel(
                 raw = tl.where(valid, unit_raw, 0.0)
             else:
                 raw = _raw(place, tokens, logp, valid, ON_POLICY)
-            is_clamped = tl.abs(raw) > clamp
-            delta = clamped(raw, clamp)
-            ratio = tl.exp(delta)
-            d = expm1(delta)
+            delta, d, ratio, is_clamped = ratio_of(raw, clamp)
             token_weight = tl.load(place + tokens * TOKEN_WEIGHT, mask=valid, other=0.0)
             # Where D is NaN, it is so at masked tokens too.
             weight = tl.where(valid, tl.div_rn(token_weight, divisor), 0.0)
             advantage = tl.load(place + tokens * ADVANTAGE, mask=valid, other=0.0)
             coef = tl.load(place + tokens * VARIANCE_COEF, mask=valid, other=0.0)
             if means is not None:
-                gap = d - unit_center
+                center = unit_center
             else:
-                gap = d - tl.load(place + tokens * CENTER, mask=valid, other=0.0)
-
-            policy = -advantage * ratio
-            penalty = coef * (gap * gap)
-            term = policy + penalty
+                center = tl.load(place + tokens * CENTER, mask=valid, other=0.0)
+            policy, policy_slope = policy_term(advantage, ratio, is_clamped)
+            penalty, penalty_slope = penalty_term(coef, center, d, ratio, is_clamped)
+            kl = 0.0
             if KL > 0:
                 ref_logp = tl.load(place + tokens * REF_LOGP, mask=valid, other=0.0)
-                kl = kl_value(logp, ref_logp, clamp, KL)
-                term += kl_coef * kl
+                kl, kl_raw_slope = kl_term(logp, ref_logp, clamp, KL)
                 kl_total += kl.to(tl.float64)
+            entropy_t = 0.0
             if entropy is not None:
                 entropy_t = tl.load(entropy + token, mask=valid, other=0.0)
-                term -= entropy_coef * entropy_t
                 entropy_total += entropy_t.to(tl.float64)
-            loss_t = tl.where(valid, weight * term, 0.0)
+            loss_t = loss_value(weight, policy, penalty, kl_coef, kl, entropy_coef, entropy_t)
+            loss_t = tl.where(valid, loss_t, 0.0)
             if PER_TOKEN:
                 tl.store(loss + token, loss_t, mask=inside)
             else:
@@ -356,18 +358,17 @@ def finish_kernel(
                 above = weight * _upstream(
                     upstream, upstream_unit, upstream_token, unit, token, valid
                 )
-                slope = above * ratio * (2.0 * coef * gap - advantage)
+                slope = ratio_slope(policy_slope, penalty_slope, above)
                 if means is not None:
-                    slope -= 2.0 * weight * ratio * kappa
-                slope = tl.where(is_clamped, 0.0, slope)
+                    slope -= weight * center_slope(ratio, is_clamped, kappa)
                 if SEQUENCE:
                     slope_sum += tl.where(valid, slope, 0.0).to(tl.float64)
                 else:
                     if KL > 0:
-                        slope += above * kl_coef * kl_slope(logp, ref_logp, clamp, KL)
+                        slope += kl_slope(kl_coef, kl_raw_slope, above)
                     tl.store(dlogps + token, tl.where(valid, slope, 0.0), mask=inside)
                 if dentropy is not None:
-                    slope = tl.where(valid, -above * entropy_coef, 0.0)
+                    slope = tl.where(valid, entropy_slope(entropy_coef, above), 0.0)
                     tl.store(dentropy + token, slope, mask=inside)
         unit_moments = moments + unit
         tl.store(unit_moments, tl.sum(weight_sum, 1, keep_dims=True), mask=known)
@@ -388,8 +389,8 @@ def finish_kernel(
                     above = tl.div_rn(token_weight, divisor) * _upstream(
                         upstream, upstream_unit, upstream_token, unit, token, valid
                     )
-                    kl_part = above * kl_coef * kl_slope(logp, ref_logp, clamp, KL)
-                    slope += tl.where(valid, kl_part, 0.0)
+                    _kl, kl_raw_slope = kl_term(logp, ref_logp, clamp, KL)
+                    slope += tl.where(valid, kl_slope(kl_coef, kl_raw_slope, above), 0.0)
                 tl.store(dlogps + token, slope, mask=inside)
 
     totals = scratch + tl.program_id(0)
@@ -423,7 +424,7 @@ def finish_kernel(
 def _programs(tokens: int, units: int) -> tuple[int, int, int]:
     """Units and tokens of a tile, and how many programs go over the tiles."""
     unit_tile, token_tile = launch.tile_shape(tokens, units)
-    return unit_tile, token_tile, max(1, min(triton.cdiv(units, unit_tile), launch.MOST_PROGRAMS))
+    return unit_tile, token_tile, max(1, min(-(-units // unit_tile), launch.MOST_PROGRAMS))
 
 
 def means(t, logps, upstream, means) -> None:
