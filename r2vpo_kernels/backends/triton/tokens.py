@@ -49,7 +49,9 @@ from .workspace import (
 MEANS_MOMENTS = tl.constexpr(4)
 FINISH_MOMENTS = tl.constexpr(3)
 TOTALS = tl.constexpr(12)
-# Units and groups that the last program compares at a time.
+# Units that the last program adds at a time where they have one group, and where it compares their
+# groups; also the groups whose sums it reads at a time.
+TILE = tl.constexpr(512)
 PAIRS = tl.constexpr(32)
 INFINITY = tl.constexpr(float("inf"))
 
@@ -123,37 +125,48 @@ def _is_last(workspace, TICKET: tl.constexpr):
 
 
 @triton.jit
-def _sum_by_group(
-    moments, sums, unit_groups, units, groups, MOMENTS: tl.constexpr, ONE_GROUP: tl.constexpr,
-):  # fmt: skip
-    """sums[k, g] = Σ moments[k, u] over the units u of group g, tile by tile of units.
-
-    Within a tile the first unit of each group adds what the tile has of its group.
-    """
-    SLOTS: tl.constexpr = 1 if ONE_GROUP else PAIRS
-    UNITS: tl.constexpr = PAIRS * PAIRS // SLOTS
-    for start in range(0, groups * MOMENTS, UNITS):
-        place = start + tl.arange(0, UNITS)
-        zeros = tl.zeros([UNITS], tl.float64)
-        tl.store(sums + place, zeros, mask=place < groups * MOMENTS)
+def _sum_by_group(moments, sums, unit_groups, units, groups, MOMENTS: tl.constexpr):
+    """sums[k, g] = Σ moments[k, u] over the units u of group g, tile by tile of units."""
+    for start in range(0, groups * MOMENTS, TILE):
+        place = start + tl.arange(0, TILE)
+        tl.store(sums + place, tl.zeros([TILE], tl.float64), mask=place < groups * MOMENTS)
     tl.debug_barrier()
-    for start in range(0, units, UNITS):
-        unit = start + tl.arange(0, UNITS)[None, :]
-        group = tl.load(unit_groups + unit, mask=unit < units, other=-1)
-        slot = start + tl.arange(0, SLOTS)[:, None]
-        slot_group = tl.load(unit_groups + slot, mask=slot < units, other=-2)
-        same = slot_group == group
-        earlier = tl.sum((same & (unit < slot)).to(tl.int32), 1, keep_dims=True)
-        first = (slot < units) & (earlier == 0)
-        for k in tl.static_range(MOMENTS):
-            moment = tl.load(
-                moments + k * units + unit, mask=unit < units, other=0.0, cache_modifier=".cg"
-            )
-            part = tl.sum(tl.where(same, moment, 0.0), 1, keep_dims=True)
-            place = sums + k * groups + slot_group
-            part += tl.load(place, mask=first, other=0.0, cache_modifier=".cg")
-            tl.store(place, part, mask=first)
-        tl.debug_barrier()
+    for tile in range(0, units, TILE):
+        unit = tile + tl.arange(0, TILE)
+        first = tl.load(unit_groups + tile)
+        others = tl.load(unit_groups + unit, mask=unit < units, other=first) != first
+        if tl.max(others.to(tl.int32), 0) == 0:
+            _add_units(moments, sums, unit_groups, tile, units, groups, MOMENTS, 1, TILE)
+        else:
+            for start in range(tile, tl.minimum(tile + TILE, units), PAIRS):
+                _add_units(moments, sums, unit_groups, start, units, groups, MOMENTS, PAIRS, PAIRS)
+
+
+@triton.jit
+def _add_units(
+    moments, sums, unit_groups, start, units, groups,
+    MOMENTS: tl.constexpr, SLOTS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Of UNITS units from `start` on, whose groups the first SLOTS have, to the sums of groups.
+
+    The first unit of each group adds what all have of its group.
+    """
+    unit = start + tl.arange(0, UNITS)[:, None]
+    group = tl.load(unit_groups + unit, mask=unit < units, other=-1)
+    slot = start + tl.arange(0, SLOTS)[None, :]
+    slot_group = tl.load(unit_groups + slot, mask=slot < units, other=-2)
+    same = slot_group == group
+    earlier = tl.sum((same & (unit < slot)).to(tl.int32), 0, keep_dims=True)
+    first = (slot < units) & (earlier == 0)
+    for k in tl.static_range(MOMENTS):
+        moment = tl.load(
+            moments + k * units + unit, mask=unit < units, other=0.0, cache_modifier=".cg"
+        )
+        part = tl.sum(tl.where(same, moment, 0.0), 0, keep_dims=True)
+        place = sums + k * groups + slot_group
+        part += tl.load(place, mask=first, other=0.0, cache_modifier=".cg")
+        tl.store(place, part, mask=first)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -167,7 +180,7 @@ def means_kernel(
     workspace, logps, upstream, means, scratch,
     tokens: tl.int64, units: tl.int64, groups: tl.int64,
     upstream_unit: tl.int64, upstream_token: tl.int64,
-    ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr, ONE_GROUP: tl.constexpr,
+    ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr,
     UNITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Eq. 9: μ - 1 and κ of each group."""
@@ -208,7 +221,7 @@ def means_kernel(
     if _is_last(workspace, 0):
         sums = scratch + units * MEANS_MOMENTS
         unit_groups = units_of(workspace, tokens) + units * GROUP
-        _sum_by_group(scratch, sums, unit_groups, units, groups, MEANS_MOMENTS, ONE_GROUP)
+        _sum_by_group(scratch, sums, unit_groups, units, groups, MEANS_MOMENTS)
         for start in range(0, groups, PAIRS):
             group = start + tl.arange(0, PAIRS)
             weight = _group_sum(sums, groups, 0, group)
@@ -270,7 +283,7 @@ def finish_kernel(
     tokens: tl.int64, units: tl.int64, groups: tl.int64, parts: tl.int32,
     upstream_unit: tl.int64, upstream_token: tl.int64,
     ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, PER_TOKEN: tl.constexpr,
-    ONE_GROUP: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
+    UNITS: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5 to 7 and 9 to 11 from log-probs."""
     clamp = tl.load(workspace + CLAMP)
@@ -413,7 +426,7 @@ def finish_kernel(
             tl.store(loss, _total(scratch, 9, MOST).to(tl.float32))
         sums = moments + units * FINISH_MOMENTS
         unit_groups = units_of(workspace, tokens) + units * GROUP
-        _sum_by_group(moments, sums, unit_groups, units, groups, FINISH_MOMENTS, ONE_GROUP)
+        _sum_by_group(moments, sums, unit_groups, units, groups, FINISH_MOMENTS)
         for start in range(0, groups, PAIRS):
             group = start + tl.arange(0, PAIRS)
             for k in tl.static_range(FINISH_MOMENTS):
@@ -435,7 +448,7 @@ def means(t, logps, upstream, means) -> None:
     means_kernel(
         programs, (t.workspace, logps, upstream.tensor, means, scratch),
         (t.tokens, t.units, t.groups, upstream.stride_unit, upstream.stride_token),
-        ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, ONE_GROUP=t.groups == 1,
+        ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level,
         UNITS=unit_tile, TOKENS=token_tile,
     )  # fmt: skip
 
@@ -453,6 +466,6 @@ def finish(t, logps, entropy, upstream, means, loss, stats, metrics, dlogps, den
         ),
         (t.tokens, t.units, t.groups, t.parts, upstream.stride_unit, upstream.stride_token),
         ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, KL=KL_ESTIMATORS[t.kl],
-        PER_TOKEN=loss.dim() == 1, ONE_GROUP=t.groups == 1, UNITS=unit_tile, TOKENS=token_tile,
+        PER_TOKEN=loss.dim() == 1, UNITS=unit_tile, TOKENS=token_tile,
         MOST=launch.MOST_PROGRAMS,
     )  # fmt: skip
