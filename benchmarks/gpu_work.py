@@ -154,18 +154,14 @@ def recompilations() -> Checks:
         importlib.import_module(f"{package.__name__}.{module.name}")
         for module in pkgutil.iter_modules(package.__path__)
     ]
+    kernel_class = importlib.import_module(f"{package.__name__}.launch").Kernel
     # A set, for a module may import what another defines.
     kernels = {
-        kernel
-        for module in modules
-        for name, kernel in vars(module).items()
-        if name.endswith("_kernel") and name != "_kernel"
+        x for module in modules for x in vars(module).values() if isinstance(x, kernel_class)
     }
 
     def compiled() -> int:
-        device = torch.cuda.current_device()
-        # Of a device's entry in Triton's cache, the first part is what was compiled.
-        return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
+        return sum(len(kernel.variants) for kernel in kernels)
 
     def check(route: Route, dtype: torch.dtype, vocabulary: int) -> Findings:
         counts = [compiled()]

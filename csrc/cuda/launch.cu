@@ -1,8 +1,10 @@
 // From a call to a launch: the plan for the rows, a persistent grid, and CUDA's errors.
 
 #include <algorithm>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 #include "dispatch.h"
@@ -51,6 +53,31 @@ Limits limits_of(int device) {
           attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9};
 }
 
+// The clusters of config.gridDim blocks that the device holds at once: one more would wait for the
+// others' end. CUDA is asked at the first launch of a thread, which then needs no lock.
+int resident_of(const void* function, const cudaLaunchConfig_t& config, int device) {
+  const int cluster = config.gridDim.x, bytes = config.dynamicSmemBytes;
+  thread_local std::map<std::tuple<const void*, int, int, int>, int> known;
+  int& resident = known[{function, device, cluster, bytes}];
+  if (resident > 0) return resident;
+  // Of a device a function always has the same shared memory, whatever the cluster.
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "cudaFuncSetAttribute");
+  if (cluster > 1) {
+    check(cudaOccupancyMaxActiveClusters(&resident, function, &config),
+          "cudaOccupancyMaxActiveClusters");
+  } else {
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, Gpu::kThreads, bytes),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    resident = blocks * attribute(cudaDevAttrMultiProcessorCount, device);
+  }
+  if (resident > 0) return resident;
+  throw std::runtime_error("the device has no room for a cluster of " + std::to_string(cluster) +
+                           " blocks with " + std::to_string(bytes) +
+                           " bytes of shared memory each");
+}
+
 struct Launcher {
   template <typename T, typename A, bool kEntropy>
   static void launch(const CudaTarget& target, const Rows& rows, const A& a) {
@@ -60,12 +87,9 @@ struct Launcher {
     const std::int64_t words = rows.vocabulary / Place<T>::kColumns;
     constexpr bool kTwo = Looks<A>::kFirst && Looks<A>::kSecond;
     const Plan plan = make_plan(limits_of(target.device), words, kTwo);
-    // Of a device each always has the same shared memory, which is set for the function.
     auto* const function = plan.holds ? row_kernel<T, A, kEntropy, kTwo ? held(kEntropy) : 0>
                                       : row_kernel<T, A, kEntropy, 0>;
     const int bytes = kControl + plan.stages * kChunk * kWordBytes;
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-          "cudaFuncSetAttribute");
 
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -78,22 +102,7 @@ struct Launcher {
     config.stream = static_cast<cudaStream_t>(target.stream);
     config.attrs = &cluster;
     config.numAttrs = plan.cluster > 1;
-    // As many as the device holds at once: one more would wait for the others' end.
-    int resident = 0;
-    if (plan.cluster > 1) {
-      check(cudaOccupancyMaxActiveClusters(&resident, function, &config),
-            "cudaOccupancyMaxActiveClusters");
-    } else {
-      const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &resident, function, Gpu::kThreads, bytes);
-      check(error, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-      resident *= attribute(cudaDevAttrMultiProcessorCount, target.device);
-    }
-    if (resident == 0) {
-      throw std::runtime_error("the device has no room for a cluster of " +
-                               std::to_string(plan.cluster) + " blocks with " +
-                               std::to_string(bytes) + " bytes of shared memory each");
-    }
+    const int resident = resident_of(reinterpret_cast<const void*>(function), config, target.device);
     config.gridDim = plan.cluster * static_cast<int>(std::min<std::int64_t>(resident, count));
     check(cudaLaunchKernelEx(&config, function, rows, a, plan.stages), "cudaLaunchKernelEx");
   }

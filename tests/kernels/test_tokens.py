@@ -166,9 +166,10 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
     upstream = 2 * draw.values(get("upstream")) if get("upstream") else None
 
     groups, group_of_unit, ids, size = 1, [0] * U, None, 0
-    if get("groups") == "ids":
+    if get("groups") in ("ids", "runs"):
         groups = 3
-        ids = draw.integers(0, groups, U)
+        runs = get("groups") == "runs"
+        ids = torch.arange(U) * groups // max(U, 1) if runs else draw.integers(0, groups, U)
         group_of_unit = ids.tolist()
         ids = draw.laid(ids.to(get("group_dtype", torch.int64)))
     elif get("groups") == "size":
@@ -392,9 +393,16 @@ def test_units_of_many_tokens(backend, layout, empirical):
         check_call(backend, c, empirical)
 
 
-@pytest.mark.parametrize("groups", ["ids", "size"])
+MANY_UNITS = {
+    "ids": Layout.tiles(300, 1),
+    "size": Layout.padded(600, 1),
+    "runs": Layout.padded(1800, 1),  # Triton's tiles of 512 have one group or two
+}
+
+
+@pytest.mark.parametrize("groups", MANY_UNITS)
 def test_many_units_and_groups(backend, groups):
-    layout = Layout.tiles(300, 1) if groups == "ids" else Layout.padded(600, 1)
+    layout = MANY_UNITS[groups]
     for empirical in False, True:
         check_call(backend, call(layout, groups=groups, variance_coef="token"), empirical)
 

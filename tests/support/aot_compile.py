@@ -3,7 +3,8 @@
     PYTHONPATH=tests python -m support.aot_compile cuda 90 32
 
 The launchers run unchanged on CPU tensors under a driver that names the target and launches
-nothing. Not in the tests' own process, where Triton interprets.
+nothing. Each launch is made twice, as it comes and through Triton's own search for the variant, and
+the driver must be asked for the same. Not in the tests' own process, where Triton interprets.
 """
 
 import json
@@ -17,7 +18,6 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from r2vpo_kernels.backends import calls
 from r2vpo_kernels.backends import triton as triton_backend
@@ -27,10 +27,12 @@ from .sass import kernels_in
 
 
 class NoDevice:
-    """Answers what a compilation asks of a driver."""
+    """Answers what a compilation and a launch ask of a driver, and keeps what it was to launch."""
 
     def __init__(self, target):
         self.target = target
+        self.utils = self
+        self.launched = []
 
     def get_current_target(self):
         return self.target
@@ -40,6 +42,24 @@ class NoDevice:
 
     def get_current_stream(self, device=None):
         return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 2**31}
+
+    def load_binary(self, name, binary, shared, device):
+        return "module", "function", 0, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        def launch(*arguments):
+            grid, (enter_hook, exit_hook), values = arguments[:3], arguments[7:9], arguments[9:]
+            given = [
+                value.data_ptr() if isinstance(value, torch.Tensor) else value
+                for value, kind in zip(values, source.signature.values(), strict=True)
+                if kind != "constexpr"
+            ]
+            self.launched.append((metadata.hash, grid, enter_hook, exit_hook, given))
+
+        return launch
 
 
 def resources(kernel, target) -> dict:
@@ -179,16 +199,22 @@ def compiled_by(call, sizes, compiled, target, **described):
 def main():
     backend, arch, warp_size = sys.argv[1:]
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
-    driver.set_active(NoDevice(target))
+    device = NoDevice(target)
+    driver.set_active(device)
     launch.multiprocessors = lambda device: 132
     compiled = {}
-    original = JITFunction.run
+    original = launch.Kernel.__call__
 
-    def compile_only(self, *arguments, grid, warmup, **keywords):
-        kernel = original(self, *arguments, grid=grid, warmup=True, **keywords)
+    def launch_both_ways(self, *arguments, **keywords):
+        original(self, *arguments, **keywords)
+        kept, self.variants = self.variants, {}
+        original(self, *arguments, **keywords)
+        (kernel,) = self.variants.values()
+        self.variants = kept
         compiled[kernel.hash] = kernel
+        assert device.launched[-2] == device.launched[-1], device.launched[-2:]
 
-    JITFunction.run = compile_only
+    launch.Kernel.__call__ = launch_both_ways
     report = []
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         # Whole 16-byte words in every row, and rows that must be peeled.

@@ -1,14 +1,11 @@
 """The Triton kernel `dual_step`: λ moved once, by the ratio's statistics."""
 
-import torch
 import triton.language as tl
 
 from . import launch
 
-_kernel = launch.kernel("groups target lr min_coef max_coef", "coef weight d_sum d_sq_sum")
 
-
-@_kernel
+@launch.Kernel
 def dual_step_kernel(
     coef, weight, d_sum, d_sq_sum, groups: tl.int64,
     target: tl.float64, lr: tl.float64, min_coef: tl.float64, max_coef: tl.float64,
@@ -43,9 +40,7 @@ def dual_step_kernel(
 
 def dual_step(coef, weight, d_sum, d_sq_sum, about_means, target, lr, min_coef, max_coef) -> None:
     """Move the 0-dim coef once, by statistics of groups (Eq. 10)."""
-    with torch.cuda.device_of(coef):
-        dual_step_kernel[(1,)](
-            coef, weight, d_sum, d_sq_sum, weight.numel(), target, lr, min_coef, max_coef,
-            ABOUT_MEANS=about_means, BLOCK=launch.LANES,
-            **launch.target_options(launch.TOKEN_THREADS),
-        )  # fmt: skip
+    dual_step_kernel(
+        1, (coef, weight, d_sum, d_sq_sum), (weight.numel(), target, lr, min_coef, max_coef),
+        ABOUT_MEANS=about_means, BLOCK=launch.LANES,
+    )  # fmt: skip

@@ -1,11 +1,14 @@
-"""How a kernel is launched: tuning, the options of a target, what is never specialised on."""
+"""How a kernel is launched: tuning, the options of a target, variants that are compiled once."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 
 class Tuning(NamedTuple):
@@ -40,21 +43,54 @@ LANES = 64 if INTERPRETED else 512
 MOST_PROGRAMS = 2 if INTERPRETED else 512
 
 
-def kernel(varying: str, pointers: str):
-    """triton.jit where neither the value of a number nor the alignment of a pointer is specialised.
+class Kernel:
+    """A Triton kernel: its pointers come first, then its numbers, then its flags (constexpr).
 
-    A pointer that is named here is read and written one number at a time.
+    Nothing is specialised on a number's value or a pointer's alignment. So the device, the threads,
+    the flags and the pointers' dtypes name a variant. Triton compiles it at its first launch; later
+    ones go to what it compiled, with addresses, past Triton's own search for the variant.
     """
-    return triton.jit(
-        do_not_specialize=varying.split(),
-        do_not_specialize_on_alignment=pointers.split(),
-    )
+
+    def __init__(self, function) -> None:
+        parameters = inspect.signature(function).parameters
+        names = [x for x, kind in parameters.items() if kind.annotation is not tl.constexpr]
+        self.jit = triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)(
+            function
+        )
+        self.variants: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, programs, pointers, numbers, *, threads=TOKEN_THREADS, **flags) -> None:
+        device = pointers[0].get_device()
+        dtypes = [x if x is None else x.dtype for x in pointers]
+        variant = (device, threads, *flags.values(), *dtypes)
+        compiled = self.variants.get(variant)
+        with torch.cuda.device_of(pointers[0]):
+            if compiled is None:
+                # The interpreter compiles nothing and returns None.
+                self.variants[variant] = self.jit[programs, 1, 1](
+                    *map(_readable, pointers), *numbers, **flags, **target_options(device, threads)
+                )
+            else:
+                addresses = [x if x is None else x.data_ptr() for x in pointers]
+                # What stands for a flag is not read.
+                compiled[programs, 1, 1](*addresses, *numbers, *flags)
 
 
-def target_options(threads: int) -> dict[str, int | bool]:
+def _readable(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Triton takes no bool."""
+    return x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x
+
+
+@functools.cache
+def target_of(device: int):
+    with torch.cuda.device(device):
+        return triton.runtime.driver.active.get_current_target()
+
+
+def target_options(device: int, threads: int) -> dict[str, int | bool]:
     if INTERPRETED:
         return {}
-    target = triton.runtime.driver.active.get_current_target()
+    target = target_of(device)
     # Products are contracted where the code says fma and nowhere else, so that two kernels that
     # share a helper give the same bits: log-probs recorded by one make the other's log-ratio
     # exactly 0.
@@ -65,19 +101,20 @@ def target_options(threads: int) -> dict[str, int | bool]:
     return options
 
 
-def most_ahead(with_entropy: bool) -> int:
+def most_ahead(device: int, with_entropy: bool) -> int:
     """Steps that an aligned row is loaded ahead of its use, into shared memory, at most."""
     if INTERPRETED:
         return 0
-    target = triton.runtime.driver.active.get_current_target()
+    target = target_of(device)
     if target.backend != "cuda" or (with_entropy and target.arch < 90):
         # Their addresses would take registers that are not there, or so would they themselves.
         return 0
     return 3
 
 
-def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
+@functools.cache
+def multiprocessors(device: int) -> int:
+    if device < 0:
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 

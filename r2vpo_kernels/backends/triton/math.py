@@ -48,27 +48,75 @@ def expm1(x):
     return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
 
 
+# The terms of a token have the names of csrc/token.h: a new one is a function each here, there and
+# in reference.py. A term is its value and its derivative in logp, which is 0 where the clamp binds.
+
+
 @triton.jit
-def kl_value(logp, ref_logp, clamp, KL: tl.constexpr):
+def ratio_of(raw, clamp):
+    """Eq. 2: δ, d = ρ - 1, ρ, and where the clamp binds. A NaN is not past the bound, and stays."""
+    delta = clamped(raw, clamp)
+    return delta, expm1(delta), tl.exp(delta), tl.abs(raw) > clamp
+
+
+@triton.jit
+def policy_term(advantage, ratio, is_clamped):
+    """Eq. 5, P: here the ratio alone counts."""
+    value = -advantage * ratio
+    return value, tl.where(is_clamped, 0.0, value)
+
+
+@triton.jit
+def penalty_term(variance_coef, center, d, ratio, is_clamped):
+    """Eq. 5, λ·(ρ - c)², for a centre of 1 + center."""
+    gap = d - center
+    slope = 2.0 * variance_coef * gap * ratio
+    return variance_coef * (gap * gap), tl.where(is_clamped, 0.0, slope)
+
+
+@triton.jit
+def center_slope(ratio, is_clamped, kappa):
+    """Eq. 9: what the centre, which depends on logp too, takes off the slope."""
+    return tl.where(is_clamped, 0.0, 2.0 * ratio * kappa)
+
+
+@triton.jit
+def kl_term(logp, ref_logp, clamp, KL: tl.constexpr):
     """Eq. 6: an estimate of KL(new ‖ ref)."""
-    q = clamped(difference(ref_logp, logp), clamp)
+    raw = difference(ref_logp, logp)
+    gap = clamped(raw, clamp)
     if KL == 1:
-        value = -q
-    elif KL == 2:
-        value = 0.5 * q * q
-    else:
-        value = expm1(q) - q
-    return value
-
-
-@triton.jit
-def kl_slope(logp, ref_logp, clamp, KL: tl.constexpr):
-    """Eq. 6: its derivative in logp."""
-    q = difference(ref_logp, logp)
-    if KL == 1:
+        value = -gap
         slope = 1.0
     elif KL == 2:
-        slope = -q
+        value = 0.5 * (gap * gap)
+        slope = -gap
     else:
-        slope = -expm1(q)
-    return tl.where(tl.abs(q) > clamp, 0.0, slope)
+        minus_one = expm1(gap)
+        value = minus_one - gap
+        slope = -minus_one
+    return value, tl.where(tl.abs(raw) > clamp, 0.0, slope)
+
+
+@triton.jit
+def loss_value(weight, policy, penalty, kl_coef, kl, entropy_coef, entropy):
+    """Eq. 5: the token's loss."""
+    return weight * (policy + penalty + kl_coef * kl - entropy_coef * entropy)
+
+
+@triton.jit
+def ratio_slope(policy_slope, penalty_slope, weight):
+    """Eq. 7, the ratio's part of dL/dlogp; `weight` is w times what reaches the token's loss."""
+    return weight * (policy_slope + penalty_slope)
+
+
+@triton.jit
+def kl_slope(kl_coef, slope, weight):
+    """Eq. 7, the KL term's part."""
+    return weight * (kl_coef * slope)
+
+
+@triton.jit
+def entropy_slope(entropy_coef, weight):
+    """dL/dH."""
+    return -weight * entropy_coef

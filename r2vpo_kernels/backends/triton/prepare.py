@@ -108,28 +108,23 @@ _COLUMNS = (
     "labels", "mask", "old_logps", "advantages", "importance_weights", "variance_coef",
     "temperature", "ref_logps", "logps", "entropy",
 )  # fmt: skip
-_SIZES = " ".join(f"{name}_unit {name}_token" for name in _COLUMNS)
-_SIZES += " group_ids_stride center_stride tokens units groups unit_length units_per_group"
-_SIZES += " ignore_index vocabulary first_word words mean_over_unit count_kind"
-_SIZES += " variance_coef_number temperature_number factor kl_coef entropy_coef log_ratio_clamp"
-_POINTERS = " ".join(_COLUMNS) + " workspace cu_seqlens group_ids center normalizer numbers"
-_POINTERS += " logps_out entropy_out activity"
 
 
-@launch.kernel(_SIZES, _POINTERS)
+@launch.Kernel
 def prepare_kernel(
-    workspace,
-    labels, labels_unit: tl.int64, labels_token: tl.int64,
-    mask, mask_unit: tl.int64, mask_token: tl.int64,
-    old_logps, old_logps_unit: tl.int64, old_logps_token: tl.int64,
-    advantages, advantages_unit: tl.int64, advantages_token: tl.int64,
-    importance_weights, importance_weights_unit: tl.int64, importance_weights_token: tl.int64,
-    variance_coef, variance_coef_unit: tl.int64, variance_coef_token: tl.int64,
-    temperature, temperature_unit: tl.int64, temperature_token: tl.int64,
-    ref_logps, ref_logps_unit: tl.int64, ref_logps_token: tl.int64,
-    logps, logps_unit: tl.int64, logps_token: tl.int64,
-    entropy, entropy_unit: tl.int64, entropy_token: tl.int64,
-    cu_seqlens, group_ids, center, normalizer, numbers, logps_out, entropy_out, activity,
+    workspace, labels, mask, old_logps, advantages, importance_weights, variance_coef, temperature,
+    ref_logps, logps, entropy, cu_seqlens, group_ids, center, normalizer, numbers, logps_out,
+    entropy_out, activity,
+    labels_unit: tl.int64, labels_token: tl.int64,
+    mask_unit: tl.int64, mask_token: tl.int64,
+    old_logps_unit: tl.int64, old_logps_token: tl.int64,
+    advantages_unit: tl.int64, advantages_token: tl.int64,
+    importance_weights_unit: tl.int64, importance_weights_token: tl.int64,
+    variance_coef_unit: tl.int64, variance_coef_token: tl.int64,
+    temperature_unit: tl.int64, temperature_token: tl.int64,
+    ref_logps_unit: tl.int64, ref_logps_token: tl.int64,
+    logps_unit: tl.int64, logps_token: tl.int64,
+    entropy_unit: tl.int64, entropy_token: tl.int64,
     group_ids_stride: tl.int64, center_stride: tl.int64,
     tokens: tl.int64, units: tl.int64, groups: tl.int64,
     unit_length: tl.int64, units_per_group: tl.int64,
@@ -280,30 +275,26 @@ def prepare_kernel(
     tl.store(integers(workspace) + FAULTS + program, fault.to(tl.int32))
 
 
-def _readable(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Triton takes no bool."""
-    return x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x
-
-
 def prepare(p) -> None:
     """Write the workspace, and what is given of the outputs, from the arguments of a call."""
     t = p.tokens
-    columns = []
-    for name in _COLUMNS:
-        tensor, stride_unit, stride_token = getattr(p, name)
-        columns += [_readable(tensor), stride_unit, stride_token]
+    columns = [getattr(p, name) for name in _COLUMNS]
     given = torch.is_tensor(p.numbers)
     unit_tile, token_tile = launch.tile_shape(t.tokens, t.units)
-    with torch.cuda.device_of(t.workspace):
-        prepare_kernel[(t.parts,)](
-            t.workspace, *columns,
-            p.cu_seqlens, _readable(p.group_ids), _readable(p.center), _readable(p.normalizer),
-            p.numbers if given else None, p.logps_out, p.entropy_out, p.activity,
+    prepare_kernel(
+        t.parts,
+        (
+            t.workspace, *[column.tensor for column in columns], p.cu_seqlens, p.group_ids,
+            p.center, p.normalizer, p.numbers if given else None, p.logps_out, p.entropy_out,
+            p.activity,
+        ),
+        (
+            *[stride for column in columns for stride in column[1:]],
             0 if p.group_ids is None else p.group_ids.stride(0),
             0 if p.center is None else p.center.stride(0),
-            t.tokens, t.units, t.groups, p.unit_length, p.units_per_group,
-            p.ignore_index, p.vocabulary, p.first_word, p.words,
-            int(p.mean_over_unit), p.count_kind,
+            t.tokens, t.units, t.groups, p.unit_length, p.units_per_group, p.ignore_index,
+            p.vocabulary, p.first_word, p.words, int(p.mean_over_unit), p.count_kind,
             *((0.0,) * 6 if given else p.numbers),
-            UNITS=unit_tile, TOKENS=token_tile, **launch.target_options(launch.TOKEN_THREADS),
-        )  # fmt: skip
+        ),
+        UNITS=unit_tile, TOKENS=token_tile,
+    )  # fmt: skip

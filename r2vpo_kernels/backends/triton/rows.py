@@ -8,7 +8,6 @@ token index[r], or first + r without an index (int64); what is per token is (N,)
 `dlogits` has the shape of `logits` and rows at the same place within 16 bytes; it may be `logits`.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -17,11 +16,16 @@ from .math import (
     KL_ESTIMATORS,
     LN_2,
     LOG2_E,
-    clamped,
     difference,
+    entropy_slope,
     expm1,
     kl_slope,
+    kl_term,
     nan_maximum,
+    penalty_term,
+    policy_term,
+    ratio_of,
+    ratio_slope,
 )
 from .workspace import (
     ADVANTAGE,
@@ -53,21 +57,22 @@ def _place(
     row, length, vocabulary, misaligned, stride_batch, stride_token,
     ALIGNED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Of a row: its offset from the 16-byte boundary before the tensor, lead and end."""
+    """Of a row: the boundary's offset from the tensor's first element, lead and end."""
     # length is an int64, and so are the products.
-    offset = misaligned + (row // length) * stride_batch + (row % length) * stride_token
+    offset = (row // length) * stride_batch + (row % length) * stride_token
     if ALIGNED:
         lead = 0
         end = vocabulary // VECTOR * VECTOR
     else:
-        lead = (offset % VECTOR).to(tl.int32)
+        # VECTOR is a power of two: the low bits say it.
+        lead = (misaligned + offset.to(tl.int32)) & (VECTOR - 1)
         end = vocabulary + lead
-    return offset, lead, end
+    return offset - lead, lead, end
 
 
 @triton.jit
-def _row(pointer, offset, VECTOR: tl.constexpr):
-    return pointer + offset // VECTOR * VECTOR
+def _row(pointer, offset):
+    return tl.multiple_of(pointer + offset, 16)
 
 
 @triton.jit
@@ -186,30 +191,21 @@ def _dlogp(
 ):  # fmt: skip
     """Eq. 7: dL/dlogp of one token from its own numbers."""
     clamp = tl.load(workspace + CLAMP)
-    old_logp = logp if ON_POLICY else tl.load(workspace + HEADER + tokens * OLD_LOGP + token)
-    raw = difference(logp, old_logp)
-    delta = clamped(raw, clamp)
-    brake = 2.0 * tl.load(workspace + HEADER + tokens * VARIANCE_COEF + token)
-    brake *= expm1(delta) - tl.load(workspace + HEADER + tokens * CENTER + token)
-    slope = (
-        weight * tl.exp(delta) * (brake - tl.load(workspace + HEADER + tokens * ADVANTAGE + token))
-    )
-    slope = tl.where(tl.abs(raw) > clamp, 0.0, slope)
+    place = workspace + HEADER + token
+    old_logp = logp if ON_POLICY else tl.load(place + tokens * OLD_LOGP)
+    _delta, d, ratio, is_clamped = ratio_of(difference(logp, old_logp), clamp)
+    _policy, policy_slope = policy_term(tl.load(place + tokens * ADVANTAGE), ratio, is_clamped)
+    coef = tl.load(place + tokens * VARIANCE_COEF)
+    center = tl.load(place + tokens * CENTER)
+    _penalty, penalty_slope = penalty_term(coef, center, d, ratio, is_clamped)
+    slope = ratio_slope(policy_slope, penalty_slope, weight)
     if KL > 0:
-        ref_logp = tl.load(workspace + HEADER + tokens * REF_LOGP + token)
-        slope += weight * tl.load(workspace + KL_COEF) * kl_slope(logp, ref_logp, clamp, KL)
+        _kl, kl_raw_slope = kl_term(logp, tl.load(place + tokens * REF_LOGP), clamp, KL)
+        slope += kl_slope(tl.load(workspace + KL_COEF), kl_raw_slope, weight)
     return slope
 
 
-_SIZES = "tokens first parts rows length vocabulary misaligned "
-_SIZES += "stride_batch stride_token grad_stride_batch grad_stride_token"
-_PER_TOKEN = "workspace index logps top log_total entropy grad_logps grad_entropy upstream"
-# What the compiler may assume of alignment is in the flag ALIGNED, which the host derives from
-# pointers, strides and V; the pointers to logits are aligned always.
-_kernel = launch.kernel(_SIZES, _PER_TOKEN)
-
-
-@_kernel
+@launch.Kernel
 def logps_forward_kernel(
     logits, workspace, index, logps, top, log_total, entropy,
     tokens: tl.int64, first: tl.int64,
@@ -231,7 +227,7 @@ def logps_forward_kernel(
             )
             temperature = tl.load(workspace + HEADER + tokens * TEMPERATURE + token)
             logp_t, top_t, log_total_t, entropy_t = _first_look(
-                _row(logits, offset, VECTOR), lead, end, label, temperature,
+                _row(logits, offset), lead, end, label, temperature,
                 ENTROPY, ALIGNED, BLOCK, STAGES,
             )  # fmt: skip
         tl.store(logps + token, logp_t)
@@ -241,7 +237,7 @@ def logps_forward_kernel(
             tl.store(entropy + token, entropy_t)
 
 
-@_kernel
+@launch.Kernel
 def logps_backward_kernel(
     logits, dlogits, workspace, index, logps, top, log_total, entropy, grad_logps, grad_entropy,
     upstream, tokens: tl.int64, first: tl.int64,
@@ -262,7 +258,7 @@ def logps_backward_kernel(
             row, length, vocabulary, misaligned, grad_stride_batch, grad_stride_token,
             ALIGNED, VECTOR,
         )  # fmt: skip
-        grad_row = _row(dlogits, grad_offset, VECTOR)
+        grad_row = _row(dlogits, grad_offset)
         if label >= 0:
             scale = 1.0
             if upstream is not None:
@@ -273,7 +269,7 @@ def logps_backward_kernel(
                 entropy_t = tl.load(entropy + token)
                 dentropy = tl.load(grad_entropy + token) * scale
             _second_look(
-                _row(logits, offset, VECTOR), grad_row, lead, end, label,
+                _row(logits, offset), grad_row, lead, end, label,
                 tl.load(workspace + HEADER + tokens * TEMPERATURE + token), tl.load(logps + token),
                 tl.load(top + token), tl.load(log_total + token), entropy_t,
                 tl.load(grad_logps + token) * scale, dentropy, ENTROPY, ALIGNED, BLOCK, STAGES,
@@ -282,7 +278,7 @@ def logps_backward_kernel(
             _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
 
 
-@_kernel
+@launch.Kernel
 def one_pass_kernel(
     logits, dlogits, workspace, index, logps, entropy,
     tokens: tl.int64, first: tl.int64, parts: tl.int32,
@@ -305,18 +301,20 @@ def one_pass_kernel(
             row, length, vocabulary, misaligned, grad_stride_batch, grad_stride_token,
             ALIGNED, VECTOR,
         )  # fmt: skip
-        grad_row = _row(dlogits, grad_offset, VECTOR)
+        grad_row = _row(dlogits, grad_offset)
         logp = 0.0
         entropy_t = 0.0
         if label >= 0:
-            z = _row(logits, offset, VECTOR)
+            z = _row(logits, offset)
             temperature = tl.load(workspace + HEADER + tokens * TEMPERATURE + token)
             logp, top, log_total, entropy_t = _first_look(
                 z, lead, end, label, temperature, ENTROPY, ALIGNED, BLOCK, STAGES
             )
             weight = tl.div_rn(tl.load(workspace + HEADER + tokens * TOKEN_WEIGHT + token), divisor)
             dlogp = _dlogp(logp, workspace, tokens, token, weight, ON_POLICY, KL)
-            dentropy = -weight * tl.load(workspace + ENTROPY_COEF) if ENTROPY else 0.0
+            dentropy = 0.0
+            if ENTROPY:
+                dentropy = entropy_slope(tl.load(workspace + ENTROPY_COEF), weight)
             _second_look(
                 z, grad_row, lead, end, label, temperature, logp, top, log_total, entropy_t,
                 dlogp, dentropy, ENTROPY, ALIGNED, BLOCK, STAGES,
@@ -328,7 +326,7 @@ def one_pass_kernel(
             tl.store(entropy + token, entropy_t)
 
 
-@_kernel
+@launch.Kernel
 def scale_kernel(
     dlogits, upstream,
     rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
@@ -342,13 +340,15 @@ def scale_kernel(
             offset, lead, end = _place(
                 row, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
             )
-            z = _row(dlogits, offset, VECTOR)
+            z = _row(dlogits, offset)
             for block in tl.range(0, tl.cdiv(end, BLOCK), num_stages=STAGES):
                 dz = _load(z, block, lead, end, ALIGNED, BLOCK) * factor
                 _store(z, block, lead, end, dz, ALIGNED, BLOCK)
 
 
-def _launch(kernel, logits, dlogits, arguments, entropy=False, persistent=False, **flags) -> None:
+def _launch(
+    kernel, logits, dlogits, pointers, numbers=(), entropy=False, persistent=False, **flags
+) -> None:
     """One program per row of `logits`, or a persistent grid."""
     batch, length, vocabulary = logits.shape
     rows = batch * length
@@ -364,33 +364,24 @@ def _launch(kernel, logits, dlogits, arguments, entropy=False, persistent=False,
     tuning = next(tuning for most, tuning in launch.TUNING if row_bytes <= most)
     per_thread = tuning.per_thread if aligned else launch.PER_THREAD_PEELED
     longest = vocabulary if aligned else vocabulary + vector - 1
-    block = min(triton.next_power_of_2(longest), tuning.threads * per_thread)
+    block = min(1 << (longest - 1).bit_length(), tuning.threads * per_thread)
     programs = rows
     if persistent:
-        programs = min(rows, tuning.programs * launch.multiprocessors(logits.device))
-    with torch.cuda.device_of(logits):
-        options = launch.target_options(block // per_thread)
-        ahead = launch.BYTES_AHEAD // (block * logits.element_size())
-        most = launch.most_ahead(entropy) if aligned else 0
-        kernel[(programs,)](
-            *(_aligned_base(x, misaligned) for x in big), *arguments,
-            rows, length, vocabulary, misaligned, *strides,
-            ALIGNED=aligned, VECTOR=vector, BLOCK=block, STAGES=1 + min(ahead, most),
-            **flags, **options,
-        )  # fmt: skip
-
-
-def _aligned_base(x: torch.Tensor, misaligned: int) -> torch.Tensor:
-    """A pointer to the 16-byte boundary `misaligned` elements before x; a storage starts at one."""
-    return x.as_strided((1,), (1,), x.storage_offset() - misaligned)
+        programs = min(rows, tuning.programs * launch.multiprocessors(logits.get_device()))
+    ahead = launch.BYTES_AHEAD // (block * logits.element_size())
+    most = launch.most_ahead(logits.get_device(), entropy) if aligned else 0
+    kernel(
+        programs, (*big, *pointers), (*numbers, rows, length, vocabulary, misaligned, *strides),
+        threads=block // per_thread,
+        ALIGNED=aligned, VECTOR=vector, BLOCK=block, STAGES=1 + min(ahead, most), **flags,
+    )  # fmt: skip
 
 
 def logps_forward(logits, tokens, index, first, logps, top, log_total, entropy):
     """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward top and log_total."""
-    arguments = (
-        tokens.workspace, index, logps, top, log_total, entropy, tokens.tokens, first,
-    )  # fmt: skip
-    _launch(logps_forward_kernel, logits, None, arguments, entropy is not None)
+    pointers = tokens.workspace, index, logps, top, log_total, entropy
+    numbers = tokens.tokens, first
+    _launch(logps_forward_kernel, logits, None, pointers, numbers, entropy is not None)
 
 
 def logps_backward(
@@ -398,20 +389,19 @@ def logps_backward(
     grad_entropy, upstream,
 ):  # fmt: skip
     """Write into dlogits upstream times the gradient of logps and, if given, of entropy (Eq. 8)."""
-    arguments = (
-        tokens.workspace, index, logps, top, log_total, entropy, grad_logps, grad_entropy,
-        upstream, tokens.tokens, first,
+    pointers = (
+        tokens.workspace, index, logps, top, log_total, entropy, grad_logps, grad_entropy, upstream,
     )  # fmt: skip
-    _launch(logps_backward_kernel, logits, dlogits, arguments, grad_entropy is not None)
+    numbers = tokens.tokens, first
+    _launch(logps_backward_kernel, logits, dlogits, pointers, numbers, grad_entropy is not None)
 
 
 def one_pass(logits, dlogits, tokens, index, first, logps, entropy):
     """Write Eq. 1 into logps, Eq. 3 into entropy and dL/dlogits (Eq. 7, 8) into dlogits."""
-    arguments = (
-        tokens.workspace, index, logps, entropy, tokens.tokens, first, tokens.parts,
-    )  # fmt: skip
+    pointers = tokens.workspace, index, logps, entropy
+    numbers = tokens.tokens, first, tokens.parts
     _launch(
-        one_pass_kernel, logits, dlogits, arguments, entropy is not None, persistent=True,
+        one_pass_kernel, logits, dlogits, pointers, numbers, entropy is not None, persistent=True,
         ON_POLICY=tokens.on_policy, KL=KL_ESTIMATORS[tokens.kl],
     )  # fmt: skip
 

@@ -1,7 +1,5 @@
 """Triton kernels for a vocabulary shared out over ranks: `shard_parts`, `shard_combine`."""
 
-import torch
-import triton
 import triton.language as tl
 
 from . import launch
@@ -10,11 +8,8 @@ from .workspace import HEADER, SHARD_FAULT, TEMPERATURE, integers
 
 INFINITY = tl.constexpr(float("inf"))
 
-_POINTERS = "workspace logps top log_total entropy whole_top parts"
-_kernel = launch.kernel("tokens words ranks", _POINTERS)
 
-
-@_kernel
+@launch.Kernel
 def shard_parts_kernel(
     workspace, logps, top, log_total, entropy, whole_top, parts,
     tokens: tl.int64, words: tl.int64, BLOCK: tl.constexpr,
@@ -45,7 +40,7 @@ def shard_parts_kernel(
         tl.store(place + 4 * tokens, part * mean, mask=inside)
 
 
-@_kernel
+@launch.Kernel
 def shard_combine_kernel(
     workspace, logps, log_total, entropy, parts, tokens: tl.int64, ranks: tl.int32,
     BLOCK: tl.constexpr,
@@ -74,15 +69,11 @@ def shard_combine_kernel(
     tl.store(integers(workspace) + SHARD_FAULT, 1, mask=fault > 0)
 
 
-def _launch(kernel, t, arguments) -> None:
+def _launch(kernel, t, pointers, number) -> None:
     """One program for each block of tokens."""
     block = launch.LANES
     if t.tokens:
-        with torch.cuda.device_of(t.workspace):
-            kernel[(triton.cdiv(t.tokens, block),)](
-                t.workspace, *arguments, BLOCK=block,
-                **launch.target_options(launch.TOKEN_THREADS),
-            )  # fmt: skip
+        kernel(-(-t.tokens // block), (t.workspace, *pointers), (t.tokens, number), BLOCK=block)
 
 
 def shard_parts(t, words, logps, top, log_total, entropy, whole_top, parts) -> None:
@@ -90,10 +81,9 @@ def shard_parts(t, words, logps, top, log_total, entropy, whole_top, parts) -> N
 
     A shard of `words` words; whole_top is the maximum of `top` over ranks.
     """
-    arguments = (logps, top, log_total, entropy, whole_top, parts, t.tokens, words)
-    _launch(shard_parts_kernel, t, arguments)
+    _launch(shard_parts_kernel, t, (logps, top, log_total, entropy, whole_top, parts), words)
 
 
 def shard_combine(t, parts, ranks, logps, log_total, entropy) -> None:
     """From `parts` summed over ranks, overwrite logps, log_total and, if given, entropy."""
-    _launch(shard_combine_kernel, t, (logps, log_total, entropy, parts, t.tokens, ranks))
+    _launch(shard_combine_kernel, t, (logps, log_total, entropy, parts), ranks)

@@ -12,13 +12,18 @@ import triton.language as tl
 from . import launch
 from .math import (
     KL_ESTIMATORS,
-    clamped,
+    center_slope,
     difference,
-    expm1,
+    entropy_slope,
     kl_slope,
-    kl_value,
+    kl_term,
+    loss_value,
     nan_maximum,
     nan_minimum,
+    penalty_term,
+    policy_term,
+    ratio_of,
+    ratio_slope,
 )
 from .workspace import (
     ADVANTAGE,
@@ -44,7 +49,9 @@ from .workspace import (
 MEANS_MOMENTS = tl.constexpr(4)
 FINISH_MOMENTS = tl.constexpr(3)
 TOTALS = tl.constexpr(12)
-# Units and groups that the last program compares at a time.
+# Units that the last program adds at a time where they have one group, and where it compares their
+# groups; also the groups whose sums it reads at a time.
+TILE = tl.constexpr(512)
 PAIRS = tl.constexpr(32)
 INFINITY = tl.constexpr(float("inf"))
 
@@ -118,37 +125,48 @@ def _is_last(workspace, TICKET: tl.constexpr):
 
 
 @triton.jit
-def _sum_by_group(
-    moments, sums, unit_groups, units, groups, MOMENTS: tl.constexpr, ONE_GROUP: tl.constexpr,
-):  # fmt: skip
-    """sums[k, g] = Σ moments[k, u] over the units u of group g, tile by tile of units.
-
-    Within a tile the first unit of each group adds what the tile has of its group.
-    """
-    SLOTS: tl.constexpr = 1 if ONE_GROUP else PAIRS
-    UNITS: tl.constexpr = PAIRS * PAIRS // SLOTS
-    for start in range(0, groups * MOMENTS, UNITS):
-        place = start + tl.arange(0, UNITS)
-        zeros = tl.zeros([UNITS], tl.float64)
-        tl.store(sums + place, zeros, mask=place < groups * MOMENTS)
+def _sum_by_group(moments, sums, unit_groups, units, groups, MOMENTS: tl.constexpr):
+    """sums[k, g] = Σ moments[k, u] over the units u of group g, tile by tile of units."""
+    for start in range(0, groups * MOMENTS, TILE):
+        place = start + tl.arange(0, TILE)
+        tl.store(sums + place, tl.zeros([TILE], tl.float64), mask=place < groups * MOMENTS)
     tl.debug_barrier()
-    for start in range(0, units, UNITS):
-        unit = start + tl.arange(0, UNITS)[None, :]
-        group = tl.load(unit_groups + unit, mask=unit < units, other=-1)
-        slot = start + tl.arange(0, SLOTS)[:, None]
-        slot_group = tl.load(unit_groups + slot, mask=slot < units, other=-2)
-        same = slot_group == group
-        earlier = tl.sum((same & (unit < slot)).to(tl.int32), 1, keep_dims=True)
-        first = (slot < units) & (earlier == 0)
-        for k in tl.static_range(MOMENTS):
-            moment = tl.load(
-                moments + k * units + unit, mask=unit < units, other=0.0, cache_modifier=".cg"
-            )
-            part = tl.sum(tl.where(same, moment, 0.0), 1, keep_dims=True)
-            place = sums + k * groups + slot_group
-            part += tl.load(place, mask=first, other=0.0, cache_modifier=".cg")
-            tl.store(place, part, mask=first)
-        tl.debug_barrier()
+    for tile in range(0, units, TILE):
+        unit = tile + tl.arange(0, TILE)
+        first = tl.load(unit_groups + tile)
+        others = tl.load(unit_groups + unit, mask=unit < units, other=first) != first
+        if tl.max(others.to(tl.int32), 0) == 0:
+            _add_units(moments, sums, unit_groups, tile, units, groups, MOMENTS, 1, TILE)
+        else:
+            for start in range(tile, tl.minimum(tile + TILE, units), PAIRS):
+                _add_units(moments, sums, unit_groups, start, units, groups, MOMENTS, PAIRS, PAIRS)
+
+
+@triton.jit
+def _add_units(
+    moments, sums, unit_groups, start, units, groups,
+    MOMENTS: tl.constexpr, SLOTS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Of UNITS units from `start` on, whose groups the first SLOTS have, to the sums of groups.
+
+    The first unit of each group adds what all have of its group.
+    """
+    unit = start + tl.arange(0, UNITS)[:, None]
+    group = tl.load(unit_groups + unit, mask=unit < units, other=-1)
+    slot = start + tl.arange(0, SLOTS)[None, :]
+    slot_group = tl.load(unit_groups + slot, mask=slot < units, other=-2)
+    same = slot_group == group
+    earlier = tl.sum((same & (unit < slot)).to(tl.int32), 0, keep_dims=True)
+    first = (slot < units) & (earlier == 0)
+    for k in tl.static_range(MOMENTS):
+        moment = tl.load(
+            moments + k * units + unit, mask=unit < units, other=0.0, cache_modifier=".cg"
+        )
+        part = tl.sum(tl.where(same, moment, 0.0), 0, keep_dims=True)
+        place = sums + k * groups + slot_group
+        part += tl.load(place, mask=first, other=0.0, cache_modifier=".cg")
+        tl.store(place, part, mask=first)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -157,16 +175,12 @@ def _group_sum(sums, groups, ROW: tl.constexpr, group):
     return tl.load(place, mask=group < groups, other=0.0, cache_modifier=".cg")
 
 
-_POINTERS = "workspace logps entropy upstream means loss stats metrics dlogps dentropy scratch"
-_kernel = launch.kernel("tokens units groups parts upstream_unit upstream_token", _POINTERS)
-
-
-@_kernel
+@launch.Kernel
 def means_kernel(
     workspace, logps, upstream, means, scratch,
     tokens: tl.int64, units: tl.int64, groups: tl.int64,
     upstream_unit: tl.int64, upstream_token: tl.int64,
-    ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr, ONE_GROUP: tl.constexpr,
+    ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr,
     UNITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Eq. 9: μ - 1 and κ of each group."""
@@ -190,7 +204,8 @@ def means_kernel(
             else:
                 logp = tl.load(logps + token, mask=valid, other=0.0)
                 raw = _raw(place, tokens, logp, valid, ON_POLICY)
-            d = expm1(clamped(raw, clamp)).to(tl.float64)
+            _delta, d, _ratio, _is_clamped = ratio_of(raw, clamp)
+            d = d.to(tl.float64)
             weight = tl.load(place + tokens * TOKEN_WEIGHT, mask=valid, other=0.0).to(tl.float64)
             coef = tl.load(place + tokens * VARIANCE_COEF, mask=valid, other=0.0).to(tl.float64)
             coef *= weight * _upstream(upstream, upstream_unit, upstream_token, unit, token, valid)
@@ -206,7 +221,7 @@ def means_kernel(
     if _is_last(workspace, 0):
         sums = scratch + units * MEANS_MOMENTS
         unit_groups = units_of(workspace, tokens) + units * GROUP
-        _sum_by_group(scratch, sums, unit_groups, units, groups, MEANS_MOMENTS, ONE_GROUP)
+        _sum_by_group(scratch, sums, unit_groups, units, groups, MEANS_MOMENTS)
         for start in range(0, groups, PAIRS):
             group = start + tl.arange(0, PAIRS)
             weight = _group_sum(sums, groups, 0, group)
@@ -262,13 +277,13 @@ def _store_metrics(metrics, scratch, MOST: tl.constexpr):
     tl.store(metrics + 10, (_total(scratch, 8, MOST) / count).to(tl.float32))
 
 
-@_kernel
+@launch.Kernel
 def finish_kernel(
     workspace, logps, entropy, upstream, means, loss, stats, metrics, dlogps, dentropy, logps_out,
     entropy_out, scratch, tokens: tl.int64, units: tl.int64, groups: tl.int64, parts: tl.int32,
     upstream_unit: tl.int64, upstream_token: tl.int64,
     ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, PER_TOKEN: tl.constexpr,
-    ONE_GROUP: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
+    UNITS: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5 to 7 and 9 to 11 from log-probs."""
     clamp = tl.load(workspace + CLAMP)
@@ -310,37 +325,33 @@ def finish_kernel(
                 raw = tl.where(valid, unit_raw, 0.0)
             else:
                 raw = _raw(place, tokens, logp, valid, ON_POLICY)
-            is_clamped = tl.abs(raw) > clamp
-            delta = clamped(raw, clamp)
-            ratio = tl.exp(delta)
-            d = expm1(delta)
+            delta, d, ratio, is_clamped = ratio_of(raw, clamp)
             token_weight = tl.load(place + tokens * TOKEN_WEIGHT, mask=valid, other=0.0)
             # Where D is NaN, it is so at masked tokens too.
             weight = tl.where(valid, tl.div_rn(token_weight, divisor), 0.0)
             advantage = tl.load(place + tokens * ADVANTAGE, mask=valid, other=0.0)
             coef = tl.load(place + tokens * VARIANCE_COEF, mask=valid, other=0.0)
             if means is not None:
-                gap = d - unit_center
+                center = unit_center
             else:
-                gap = d - tl.load(place + tokens * CENTER, mask=valid, other=0.0)
-
-            policy = -advantage * ratio
-            penalty = coef * (gap * gap)
-            term = policy + penalty
+                center = tl.load(place + tokens * CENTER, mask=valid, other=0.0)
+            policy, policy_slope = policy_term(advantage, ratio, is_clamped)
+            penalty, penalty_slope = penalty_term(coef, center, d, ratio, is_clamped)
+            kl = 0.0
             if KL > 0:
                 ref_logp = tl.load(place + tokens * REF_LOGP, mask=valid, other=0.0)
-                kl = kl_value(logp, ref_logp, clamp, KL)
-                term += kl_coef * kl
+                kl, kl_raw_slope = kl_term(logp, ref_logp, clamp, KL)
                 kl_total += kl.to(tl.float64)
+            entropy_t = 0.0
             if entropy is not None:
                 entropy_t = tl.load(entropy + token, mask=valid, other=0.0)
-                term -= entropy_coef * entropy_t
                 entropy_total += entropy_t.to(tl.float64)
                 if entropy_out is not None:
                     tl.store(entropy_out + token, entropy_t, mask=inside)
             if logps_out is not None:
                 tl.store(logps_out + token, logp, mask=inside)
-            loss_t = tl.where(valid, weight * term, 0.0)
+            loss_t = loss_value(weight, policy, penalty, kl_coef, kl, entropy_coef, entropy_t)
+            loss_t = tl.where(valid, loss_t, 0.0)
             if PER_TOKEN:
                 tl.store(loss + token, loss_t, mask=inside)
             else:
@@ -364,18 +375,17 @@ def finish_kernel(
                 above = weight * _upstream(
                     upstream, upstream_unit, upstream_token, unit, token, valid
                 )
-                slope = above * ratio * (2.0 * coef * gap - advantage)
+                slope = ratio_slope(policy_slope, penalty_slope, above)
                 if means is not None:
-                    slope -= 2.0 * weight * ratio * kappa
-                slope = tl.where(is_clamped, 0.0, slope)
+                    slope -= weight * center_slope(ratio, is_clamped, kappa)
                 if SEQUENCE:
                     slope_sum += tl.where(valid, slope, 0.0).to(tl.float64)
                 else:
                     if KL > 0:
-                        slope += above * kl_coef * kl_slope(logp, ref_logp, clamp, KL)
+                        slope += kl_slope(kl_coef, kl_raw_slope, above)
                     tl.store(dlogps + token, tl.where(valid, slope, 0.0), mask=inside)
                 if dentropy is not None:
-                    slope = tl.where(valid, -above * entropy_coef, 0.0)
+                    slope = tl.where(valid, entropy_slope(entropy_coef, above), 0.0)
                     tl.store(dentropy + token, slope, mask=inside)
         unit_moments = moments + unit
         tl.store(unit_moments, tl.sum(weight_sum, 1, keep_dims=True), mask=known)
@@ -396,8 +406,8 @@ def finish_kernel(
                     above = tl.div_rn(token_weight, divisor) * _upstream(
                         upstream, upstream_unit, upstream_token, unit, token, valid
                     )
-                    kl_part = above * kl_coef * kl_slope(logp, ref_logp, clamp, KL)
-                    slope += tl.where(valid, kl_part, 0.0)
+                    _kl, kl_raw_slope = kl_term(logp, ref_logp, clamp, KL)
+                    slope += tl.where(valid, kl_slope(kl_coef, kl_raw_slope, above), 0.0)
                 tl.store(dlogps + token, slope, mask=inside)
 
     totals = scratch + tl.program_id(0)
@@ -420,7 +430,7 @@ def finish_kernel(
             tl.store(loss, _total(scratch, 9, MOST).to(tl.float32))
         sums = moments + units * FINISH_MOMENTS
         unit_groups = units_of(workspace, tokens) + units * GROUP
-        _sum_by_group(moments, sums, unit_groups, units, groups, FINISH_MOMENTS, ONE_GROUP)
+        _sum_by_group(moments, sums, unit_groups, units, groups, FINISH_MOMENTS)
         for start in range(0, groups, PAIRS):
             group = start + tl.arange(0, PAIRS)
             for k in tl.static_range(FINISH_MOMENTS):
@@ -431,21 +441,20 @@ def finish_kernel(
 def _programs(tokens: int, units: int) -> tuple[int, int, int]:
     """Units and tokens of a tile, and how many programs go over the tiles."""
     unit_tile, token_tile = launch.tile_shape(tokens, units)
-    return unit_tile, token_tile, max(1, min(triton.cdiv(units, unit_tile), launch.MOST_PROGRAMS))
+    return unit_tile, token_tile, max(1, min(-(-units // unit_tile), launch.MOST_PROGRAMS))
 
 
 def means(t, logps, upstream, means) -> None:
     """Write Eq. 9's μ - 1 and κ of each group into means (2, G)."""
     unit_tile, token_tile, programs = _programs(t.tokens, t.units)
-    with torch.cuda.device_of(t.workspace):
-        size = MEANS_MOMENTS.value * (t.units + t.groups)
-        scratch = t.workspace.new_empty(size, dtype=torch.float64)
-        means_kernel[(programs,)](
-            t.workspace, logps, upstream.tensor, means, scratch, t.tokens, t.units, t.groups,
-            upstream.stride_unit, upstream.stride_token,
-            ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, ONE_GROUP=t.groups == 1,
-            UNITS=unit_tile, TOKENS=token_tile, **launch.target_options(launch.TOKEN_THREADS),
-        )  # fmt: skip
+    size = MEANS_MOMENTS.value * (t.units + t.groups)
+    scratch = t.workspace.new_empty(size, dtype=torch.float64)
+    means_kernel(
+        programs, (t.workspace, logps, upstream.tensor, means, scratch),
+        (t.tokens, t.units, t.groups, upstream.stride_unit, upstream.stride_token),
+        ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level,
+        UNITS=unit_tile, TOKENS=token_tile,
+    )  # fmt: skip
 
 
 def finish(
@@ -457,14 +466,16 @@ def finish(
     And copies of logps and entropy, if given.
     """
     unit_tile, token_tile, programs = _programs(t.tokens, t.units)
-    with torch.cuda.device_of(t.workspace):
-        size = TOTALS.value * programs + FINISH_MOMENTS.value * (t.units + t.groups)
-        scratch = t.workspace.new_empty(size, dtype=torch.float64)
-        finish_kernel[(programs,)](
+    size = TOTALS.value * programs + FINISH_MOMENTS.value * (t.units + t.groups)
+    scratch = t.workspace.new_empty(size, dtype=torch.float64)
+    finish_kernel(
+        programs,
+        (
             t.workspace, logps, entropy, upstream.tensor, means, loss, stats, metrics, dlogps,
-            dentropy, logps_out, entropy_out, scratch, t.tokens, t.units, t.groups, t.parts,
-            upstream.stride_unit, upstream.stride_token,
-            ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, KL=KL_ESTIMATORS[t.kl],
-            PER_TOKEN=loss.dim() == 1, ONE_GROUP=t.groups == 1, UNITS=unit_tile, TOKENS=token_tile,
-            MOST=launch.MOST_PROGRAMS, **launch.target_options(launch.TOKEN_THREADS),
-        )  # fmt: skip
+            dentropy, logps_out, entropy_out, scratch,
+        ),
+        (t.tokens, t.units, t.groups, t.parts, upstream.stride_unit, upstream.stride_token),
+        ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, KL=KL_ESTIMATORS[t.kl],
+        PER_TOKEN=loss.dim() == 1, UNITS=unit_tile, TOKENS=token_tile,
+        MOST=launch.MOST_PROGRAMS,
+    )  # fmt: skip
