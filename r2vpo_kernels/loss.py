@@ -162,7 +162,7 @@ def r2vpo_loss(
     """
 
     def ask() -> tuple[Logits, Batch, Objective]:
-        source = Logits.build(logits, labels, inplace, backend)
+        source = Logits.build(logits, labels, inplace, tp_group is not None, backend)
         batch = Batch.build(
             labels.shape,
             logits.device,
@@ -479,7 +479,7 @@ def token_logps(
     """
 
     def ask() -> tuple[Logits, Batch, Objective]:
-        source = Logits.build(logits, labels, False, backend)
+        source = Logits.build(logits, labels, False, tp_group is not None, backend)
         return source, *_labels_alone(source, labels, mask, ignore_index, temperature)
 
     source, batch, objective = _asked(tp_group, ask, return_entropy)

@@ -216,7 +216,7 @@ def _forward(hidden, head, bias, options, shard, asked):
     forward = functools.partial(linear_logps_forward, hidden, head, bias, *options, nothing)
     if shard is None:
         return forward(None, *asked)
-    return shard.combine(forward(shard.layout, *asked), head.shape[0], ops.Call.of(asked))
+    return shard.combine(forward(shard.layout, *asked), ops.Call.of(asked))
 
 
 def _backward(ctx, saved, *gradients):
@@ -357,7 +357,7 @@ class LinearLogits:
                 raise invalid(name, "a DTensor", "this rank's rows (to_local()) with tp_group")
         weight = _gathered(weight, hidden.dtype)
         _check_dense("weight", weight)
-        if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+        if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] < (0 if sharded else 1):
             raise invalid("weight", weight, f"shape (V, {width}), H that of hidden")
         if bias is not None:
             bias = _gathered(bias, hidden.dtype)
@@ -390,7 +390,13 @@ class LinearLogits:
         return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
 
     def of_shard(self, shard: VocabularyShard) -> LinearLogits:
-        return replace(self, shard=shard)
+        if shard.words or self.backend == "eager":
+            return replace(self, shard=shard)
+        # As Logits.of_shard: a word whose logit is -inf.
+        weight = nn.functional.pad(self.weight, (0, 0, 0, 1))
+        bias = self.weight.new_empty(0) if self.bias is None else self.bias
+        bias = nn.functional.pad(bias, (0, 1), value=-torch.inf)
+        return replace(self, weight=weight, bias=bias, softcap=None, logit_scale=1.0, shard=shard)
 
     @property
     def vocabulary(self) -> int:
@@ -459,7 +465,7 @@ class LinearLogits:
         labels = tokens.labels
         hidden = torch.where((labels >= 0)[:, None], self.hidden, 0)
         if shard is not None:
-            labels, weight = shard.checked(labels, self.vocabulary), shard.gather(weight, 0)
+            labels, weight = shard.checked(labels), shard.gather(weight, 0)
             bias = None if bias is None else shard.gather(bias, 0)
         logits = reference.linear_logits(hidden, weight, bias, self.softcap, self.logit_scale)
         logps = reference.token_logps(logits, labels, tokens.temperature, with_entropy)
