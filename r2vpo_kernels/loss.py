@@ -19,6 +19,7 @@ from .checks import Backend, Center, KLEstimator, RatioLevel, Reduction, invalid
 from .objective import Objective, check_temperature
 from .output import R2VPOOutput, RatioStats
 from .sources.autograd import Result
+from .sources.dtensor import is_dtensor, local_arguments
 from .sources.linear import LinearLogits
 from .sources.logits import Logits
 from .sources.logps import LogProbs
@@ -29,13 +30,16 @@ R = TypeVar("R")
 Source = TypeVar("Source", Logits, LinearLogits)
 
 
-def _names_unknown_keywords(entry: Callable[P, R]) -> Callable[P, R]:
-    """Like the package's other errors, that of a misspelt keyword begins with its name."""
+def _entry(entry: Callable[P, R]) -> Callable[P, R]:
+    """Of DTensors it is given the local parts; the error of a misspelt keyword begins with it."""
     known = tuple(inspect.signature(entry).parameters)
 
     @functools.wraps(entry)
     def checked(*arguments: P.args, **keywords: P.kwargs) -> R:
         try:
+            if is_dtensor(*arguments, *keywords.values()):
+                here, named = local_arguments(known, arguments, keywords)
+                return entry(*here, **named)
             return entry(*arguments, **keywords)
         except TypeError:
             for name in keywords:
@@ -63,7 +67,7 @@ def _asked(
     return ask() if tp_group is None else exchange_shard_layout(tp_group, ask, with_entropy)
 
 
-@_names_unknown_keywords
+@_entry
 def r2vpo_loss(
     logits: Tensor,
     labels: Tensor,
@@ -200,7 +204,7 @@ def r2vpo_loss(
     return _output(source.loss(batch, objective, with_entropy), objective)
 
 
-@_names_unknown_keywords
+@_entry
 def linear_r2vpo_loss(
     hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -330,7 +334,7 @@ def linear_r2vpo_loss(
     return _output(source.loss(batch, objective, with_entropy), objective)
 
 
-@_names_unknown_keywords
+@_entry
 def r2vpo_loss_from_logps(
     logps: Tensor,
     old_logps: Tensor | None,
@@ -445,7 +449,7 @@ def token_logps(
     tp_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-@_names_unknown_keywords
+@_entry
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -560,7 +564,7 @@ def linear_token_logps(
     tp_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-@_names_unknown_keywords
+@_entry
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor | nn.Module,

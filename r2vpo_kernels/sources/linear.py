@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
 from .. import ops, reference
 from ..backends import registry
@@ -36,6 +35,7 @@ from .autograd import (
     slopes_of,
     takes_one_pass,
 )
+from .dtensor import gathered, is_dtensor
 from .products import Head, Products
 from .shard import VocabularyShard
 
@@ -353,14 +353,14 @@ class LinearLogits:
         check_labels(labels, hidden.shape[:-1], "hidden less H")
         weight, bias = _head(weight, bias)
         for name, value in (("weight", weight), ("bias", bias)):
-            if sharded and isinstance(value, DTensor):
+            if sharded and is_dtensor(value):
                 raise invalid(name, "a DTensor", "this rank's rows (to_local()) with tp_group")
-        weight = _gathered(weight, hidden.dtype)
+        weight = gathered(weight, hidden.dtype)
         _check_dense("weight", weight)
         if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] < (0 if sharded else 1):
             raise invalid("weight", weight, f"shape (V, {width}), H that of hidden")
         if bias is not None:
-            bias = _gathered(bias, hidden.dtype)
+            bias = gathered(bias, hidden.dtype)
             _check_dense("bias", bias)
             if bias.shape != weight.shape[:1]:
                 raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
@@ -491,18 +491,6 @@ def _head(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Tensor, Tens
     if bias is not None:
         raise invalid("bias", bias, "None where weight is a module, which brings its own")
     return weight.weight, weight.bias
-
-
-def _gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sharded parameter (FSDP2) as a whole, in the dtype that FSDP2's mixed precision would have.
-
-    Its gradient is reduced to the ranks' mean. That is what FSDP2 makes of every other gradient,
-    and what ranks that computed the same (tensor parallelism) must make of theirs.
-    """
-    if not isinstance(x, DTensor):
-        return x
-    cast_first = cast(DTensor, x.to(dtype))
-    return cast_first.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
 def _check_dense(name: str, value: Tensor) -> None:

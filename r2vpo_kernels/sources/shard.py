@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
-    _resolve_process_group,
-)
 
 from .. import ops, reference
 from ..backends import registry
@@ -38,6 +35,11 @@ ALIKE = (
 
 def _ranks(group: str) -> dist.ProcessGroup:
     """Ops take a group by its name."""
+    # A torch without torch.distributed has no such module.
+    from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+        _resolve_process_group,
+    )
+
     return _resolve_process_group(group)  # type: ignore[arg-type]
 
 

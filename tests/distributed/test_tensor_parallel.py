@@ -188,6 +188,8 @@ def check_errors(rank):
         (lambda: linear(weight=weight.half() if rank else weight), "weight: .*float16"),
         (lambda: linear(chunk_tokens=1 - rank), "chunk_tokens: "),
         # Only together can they know.
+        (lambda: loss(logits[..., :0]), "tp_group: got no word on any rank"),
+        (lambda: linear(weight=weight[:0]), "tp_group: got no word on any rank"),
         *(
             (lambda labels=wrong, backend=backend: loss(labels=labels, backend=backend), alike)
             for wrong in (other, hole, outside, labels + 10)
