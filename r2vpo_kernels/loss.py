@@ -151,10 +151,11 @@ def r2vpo_loss(
             batch has no sequences: every input is per token. Where S = N, each holds one token.
         return_entropy: compute `out.entropy` although entropy_coef is 0.
         tp_group: the ranks that share out the vocabulary, in their order, each with its part of the
-            columns, of any size, 0 among them; everything else, labels of the whole vocabulary among it, is the
-            same on all of them, and so is the result. An error on one rank, or options and shapes
-            that differ, are an error on all. Costs that exchange (for which the host waits), a MAX
-            of one and a SUM of four or five numbers per token. Takes the general route.
+            columns, of any size, 0 among them; everything else, labels of the whole vocabulary
+            among it, is the same on all of them, and so is the result. An error on one rank, or
+            options and shapes that differ, are an error on all. Costs that exchange (for which the
+            host waits), a MAX of one and a SUM of four or five numbers per token. Takes the general
+            route.
         inplace: the gradient may take the logits' memory: whoever reads logits after this call, or
             after backward, may see the gradient. Refused for a leaf, a view of one, and rows that
             share memory; under torch.compile, and for a DTensor, the permission goes unused.
