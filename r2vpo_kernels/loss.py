@@ -19,6 +19,7 @@ from .checks import Backend, Center, KLEstimator, RatioLevel, Reduction, invalid
 from .objective import Objective, checked_temperature
 from .output import R2VPOOutput, RatioStats
 from .sources.autograd import Result
+from .sources.dtensor import is_dtensor, local_arguments
 from .sources.linear import LinearLogits
 from .sources.logits import Logits
 from .sources.logps import LogProbs
@@ -29,13 +30,16 @@ R = TypeVar("R")
 Source = TypeVar("Source", Logits, LinearLogits)
 
 
-def _names_unknown_keywords(entry: Callable[P, R]) -> Callable[P, R]:
-    """Like the package's other errors, that of a misspelt keyword begins with its name."""
+def _entry(entry: Callable[P, R]) -> Callable[P, R]:
+    """Of DTensors it is given the local parts; the error of a misspelt keyword begins with it."""
     known = tuple(inspect.signature(entry).parameters)
 
     @functools.wraps(entry)
     def checked(*arguments: P.args, **keywords: P.kwargs) -> R:
         try:
+            if is_dtensor(*arguments, *keywords.values()):
+                here, named = local_arguments(known, arguments, keywords)
+                return entry(*here, **named)
             return entry(*arguments, **keywords)
         except TypeError:
             for name in keywords:
@@ -63,7 +67,7 @@ def _asked(
     return ask() if tp_group is None else exchange_shard_layout(tp_group, ask, with_entropy)
 
 
-@_names_unknown_keywords
+@_entry
 def r2vpo_loss(
     logits: Tensor,
     labels: Tensor,
@@ -108,7 +112,13 @@ def r2vpo_loss(
     Args:
         logits: (B, T, V), or (N, V) packed; float32, bfloat16, float16 (float64: eager). The
             vocabulary is contiguous, the rest may be a view. `logits[:, t]` scores `labels[:, t]`:
-            there is no shift inside.
+            there is no shift inside. A DTensor is taken as this rank's part. Shard of the
+            vocabulary, over one dimension of the mesh, is `tp_group` over that dimension; with
+            Shard of tokens and Replicate each rank has the loss of its own tokens, as with data
+            parallelism, and `normalizer` makes ranks add up. Other placements are refused. The
+            gradient is placed like logits. The other tensors are plain, this rank's part, or
+            DTensors on the same mesh: sharded as the logits' tokens are (per sequence: as
+            sequences are), and otherwise Replicate. What is returned is plain, this rank's part.
         labels: (B, T) or (N,), any integer dtype.
         old_logps: like labels, nats, log-probs of the labels when they were sampled. None:
             on-policy, ρ = 1 with the gradient of ρ.
@@ -141,13 +151,14 @@ def r2vpo_loss(
             batch has no sequences: every input is per token. Where S = N, each holds one token.
         return_entropy: compute `out.entropy` although entropy_coef is 0.
         tp_group: the ranks that share out the vocabulary, in their order, each with its part of the
-            columns, of any size; everything else, labels of the whole vocabulary among it, is the
-            same on all of them, and so is the result. An error on one rank, or options and shapes
-            that differ, are an error on all. Costs that exchange (for which the host waits), a MAX
-            of one and a SUM of four or five numbers per token. Takes the general route.
+            columns, of any size, 0 among them; everything else, labels of the whole vocabulary
+            among it, is the same on all of them, and so is the result. An error on one rank, or
+            options and shapes that differ, are an error on all. Costs that exchange (for which the
+            host waits), a MAX of one and a SUM of four or five numbers per token. Takes the general
+            route.
         inplace: the gradient may take the logits' memory: whoever reads logits after this call, or
             after backward, may see the gradient. Refused for a leaf, a view of one, and rows that
-            share memory; under torch.compile the permission goes unused.
+            share memory; under torch.compile, and for a DTensor, the permission goes unused.
         backend: "auto" (Triton on a GPU, C++ on a CPU, eager where those cannot), "triton", "cpp"
             or "eager".
 
@@ -162,7 +173,7 @@ def r2vpo_loss(
     """
 
     def ask() -> tuple[Logits, Batch, Objective]:
-        source = Logits.build(logits, labels, inplace, backend)
+        source = Logits.build(logits, labels, inplace, tp_group is not None, backend)
         batch = Batch.build(
             labels.shape,
             logits.device,
@@ -200,7 +211,7 @@ def r2vpo_loss(
     return _output(source.loss(batch, objective, with_entropy), objective)
 
 
-@_names_unknown_keywords
+@_entry
 def linear_r2vpo_loss(
     hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -252,6 +263,7 @@ def linear_r2vpo_loss(
     Args:
         hidden: (B, T, H), or (N, H) packed; float32, bfloat16, float16 (float64: eager), a view or
             not. What it holds at masked tokens is harmless. `hidden[:, t]` scores `labels[:, t]`.
+            A DTensor is taken as logits are by `r2vpo_loss`, but H may not be sharded.
         weight: (V, H), in the dtype of hidden, unless under autocast, whose dtype the products then
             have. Or the head itself, a torch.nn.Linear, whose weight and bias are taken and whose
             hooks do not run; an adapter, or another class, is refused. A DTensor (FSDP2) is cast to
@@ -268,8 +280,8 @@ def linear_r2vpo_loss(
             recomputes; False for no wait, no saving, and a copy of hidden.
         The other keywords are those of `r2vpo_loss`, except inplace. Backend "eager" holds all
             logits. With tp_group each rank has its rows of weight and bias, and the same hidden,
-            whose gradient is summed over the ranks (in float32); a DTensor is refused: give its
-            local part.
+            whose gradient is summed over the ranks (in float32); weight or bias as a DTensor is
+            refused then: give the local part.
 
     Returns: R2VPOOutput. Its loss is differentiable in hidden, weight and bias, once; only what
         requires grad is computed, in its own dtype. Sums are float32, within a product on a GPU as
@@ -330,7 +342,7 @@ def linear_r2vpo_loss(
     return _output(source.loss(batch, objective, with_entropy), objective)
 
 
-@_names_unknown_keywords
+@_entry
 def r2vpo_loss_from_logps(
     logps: Tensor,
     old_logps: Tensor | None,
@@ -364,6 +376,7 @@ def r2vpo_loss_from_logps(
 
     Args:
         logps: (B, T), or (N,) packed, nats, any float dtype; computed in float32 (float64 stays).
+            A DTensor is taken as logits are by `r2vpo_loss`.
         entropy: like logps, nats, for entropy_coef; both come from `token_logps`.
         backend: as for `r2vpo_loss`. Float64 takes "eager", which is plain torch.
         The other keywords are those of `r2vpo_loss`, except ignore_index, temperature,
@@ -445,7 +458,7 @@ def token_logps(
     tp_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-@_names_unknown_keywords
+@_entry
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -479,7 +492,7 @@ def token_logps(
     """
 
     def ask() -> tuple[Logits, Batch, Objective]:
-        source = Logits.build(logits, labels, False, backend)
+        source = Logits.build(logits, labels, False, tp_group is not None, backend)
         return source, *_labels_alone(source, labels, mask, ignore_index, temperature)
 
     source, batch, objective = _asked(tp_group, ask, return_entropy)
@@ -560,7 +573,7 @@ def linear_token_logps(
     tp_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-@_names_unknown_keywords
+@_entry
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor | nn.Module,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
 from .. import ops, reference
 from ..backends import registry
@@ -37,6 +36,7 @@ from .autograd import (
     takes_one_pass,
     unshared,
 )
+from .dtensor import gathered, is_dtensor
 from .products import Head, Products
 from .shard import VocabularyShard
 
@@ -217,7 +217,7 @@ def _forward(hidden, head, bias, options, shard, asked):
     forward = functools.partial(linear_logps_forward, hidden, head, bias, *options, nothing)
     if shard is None:
         return forward(None, *asked)
-    return shard.combine(forward(shard.layout, *asked), head.shape[0], ops.Call.of(asked))
+    return shard.combine(forward(shard.layout, *asked), ops.Call.of(asked))
 
 
 def _backward(ctx, saved, *gradients):
@@ -352,14 +352,14 @@ class LinearLogits:
         check_labels(labels, hidden.shape[:-1], "hidden less H")
         weight, bias = _head(weight, bias)
         for name, value in (("weight", weight), ("bias", bias)):
-            if sharded and isinstance(value, DTensor):
+            if sharded and is_dtensor(value):
                 raise invalid(name, "a DTensor", "this rank's rows (to_local()) with tp_group")
-        weight = _gathered(weight, hidden.dtype)
+        weight = gathered(weight, hidden.dtype)
         _check_dense("weight", weight)
-        if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+        if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] < (0 if sharded else 1):
             raise invalid("weight", weight, f"shape (V, {width}), H that of hidden")
         if bias is not None:
-            bias = _gathered(bias, hidden.dtype)
+            bias = gathered(bias, hidden.dtype)
             _check_dense("bias", bias)
             if bias.shape != weight.shape[:1]:
                 raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
@@ -389,7 +389,13 @@ class LinearLogits:
         return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
 
     def of_shard(self, shard: VocabularyShard) -> LinearLogits:
-        return replace(self, shard=shard)
+        if shard.words or self.backend == "eager":
+            return replace(self, shard=shard)
+        # As Logits.of_shard: a word whose logit is -inf.
+        weight = nn.functional.pad(self.weight, (0, 0, 0, 1))
+        bias = self.weight.new_empty(0) if self.bias is None else self.bias
+        bias = nn.functional.pad(bias, (0, 1), value=-torch.inf)
+        return replace(self, weight=weight, bias=bias, softcap=None, logit_scale=1.0, shard=shard)
 
     @property
     def vocabulary(self) -> int:
@@ -458,7 +464,7 @@ class LinearLogits:
         labels = tokens.labels
         hidden = torch.where((labels >= 0)[:, None], self.hidden, 0)
         if shard is not None:
-            labels, weight = shard.checked(labels, self.vocabulary), shard.gather(weight, 0)
+            labels, weight = shard.checked(labels), shard.gather(weight, 0)
             bias = None if bias is None else shard.gather(bias, 0)
         logits = reference.linear_logits(hidden, weight, bias, self.softcap, self.logit_scale)
         logps = reference.token_logps(logits, labels, tokens.temperature, with_entropy)
@@ -484,18 +490,6 @@ def _head(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Tensor, Tens
     if bias is not None:
         raise invalid("bias", bias, "None where weight is a module, which brings its own")
     return weight.weight, weight.bias
-
-
-def _gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sharded parameter (FSDP2) as a whole, in the dtype that FSDP2's mixed precision would have.
-
-    Its gradient is reduced to the ranks' mean. That is what FSDP2 makes of every other gradient,
-    and what ranks that computed the same (tensor parallelism) must make of theirs.
-    """
-    if not isinstance(x, DTensor):
-        return x
-    cast_first = cast(DTensor, x.to(dtype))
-    return cast_first.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
 def _check_dense(name: str, value: Tensor) -> None:

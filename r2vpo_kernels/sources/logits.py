@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops, reference
 from ..backends import registry
@@ -60,7 +60,7 @@ def _logps_forward(logits, shard, asked):
     if shard is None:
         return ops.logps_forward(logits, None, *asked)
     found = ops.logps_forward(logits, shard.layout, *asked)
-    return shard.combine(found, logits.shape[-1], ops.Call.of(asked))
+    return shard.combine(found, ops.Call.of(asked))
 
 
 def _logps_backward(ctx, logits, *arguments):
@@ -129,10 +129,12 @@ class Logits:
     shard: VocabularyShard | None = None
 
     @staticmethod
-    def build(logits: Tensor, labels: Tensor, inplace: bool, backend: Backend) -> Logits:
+    def build(
+        logits: Tensor, labels: Tensor, inplace: bool, sharded: bool, backend: Backend
+    ) -> Logits:
         """A packed batch becomes one row of tokens."""
         check_float("logits", logits)
-        if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
+        if logits.dim() not in (2, 3) or logits.shape[-1] < (0 if sharded else 1):
             raise invalid(
                 "logits", logits, "shape (B, T, V), or (N, V) packed, with V of at least 1"
             )
@@ -148,7 +150,11 @@ class Logits:
         return Logits(logits if logits.dim() == 3 else logits.unsqueeze(0), inplace, chosen)
 
     def of_shard(self, shard: VocabularyShard) -> Logits:
-        return replace(self, shard=shard)
+        logits = self.logits
+        if shard.words == 0 and self.backend != "eager":
+            # Kernels read a word, which no token can have. The gradient is empty again.
+            logits = nn.functional.pad(logits, (0, 1), value=-torch.inf)
+        return replace(self, logits=logits, shard=shard)
 
     @property
     def vocabulary(self) -> int:
@@ -209,7 +215,7 @@ class Logits:
         tokens = reference.Tokens.of(batch, objective, logits, vocabulary)
         labels = tokens.labels
         if shard is not None:
-            logits, labels = shard.gather(logits, -1), shard.checked(labels, self.vocabulary)
+            logits, labels = shard.gather(logits, -1), shard.checked(labels)
         logps = reference.token_logps(logits, labels, tokens.temperature, with_entropy)
         return *logps, tokens
 

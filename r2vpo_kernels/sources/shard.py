@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
-    _resolve_process_group,
-)
 
 from .. import ops, reference
 from ..backends import registry
@@ -38,6 +35,11 @@ ALIKE = (
 
 def _ranks(group: str) -> dist.ProcessGroup:
     """Ops take a group by its name."""
+    # A torch without torch.distributed has no such module.
+    from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+        _resolve_process_group,
+    )
+
     return _resolve_process_group(group)  # type: ignore[arg-type]
 
 
@@ -71,6 +73,8 @@ def _layout(
                         f"tp_group: got {one} on rank {rank}, expected {other}, that of rank 0"
                     )
     sizes = [size for *_, size in came]
+    if not error and not any(sizes):
+        raise ValueError("tp_group: got no word on any rank, expected a vocabulary of at least 1")
     return torch.tensor([sum(sizes[: ranks.rank()]), sum(sizes), *sizes])
 
 
@@ -196,28 +200,27 @@ class VocabularyShard:
     """This rank's part of the vocabulary."""
 
     layout: Tensor  # of `shard_layout`
+    words: int  # perhaps none
     group: str
 
     @property
     def ranks(self) -> int:
         return self.layout.shape[0] - 2
 
-    def combine(
-        self, forward: tuple[Tensor, ...], words: int, call: ops.Call
-    ) -> tuple[Tensor, ...]:
+    def combine(self, forward: tuple[Tensor, ...], call: ops.Call) -> tuple[Tensor, ...]:
         """Eq. 30: of the whole vocabulary what `logps_forward` found in this shard's words."""
         workspace, _, top, *_ = forward
         labels, options = call.batch.labels, (call.with_entropy, call.backend)
         whole_top = _all_reduce(top, "MAX", self.group)
-        parts = _shard_parts(*forward, whole_top, words, *options)
+        parts = _shard_parts(*forward, whole_top, self.words, *options)
         parts = _all_reduce(parts, "SUM", self.group)
         logps, log_total, entropy = _shard_combine(workspace, parts, labels, self.ranks, *options)
         return workspace, logps, whole_top, log_total, entropy
 
-    def checked(self, labels: Tensor, words: int) -> Tensor:
+    def checked(self, labels: Tensor) -> Tensor:
         """`labels`, out of the vocabulary where they are not alike on all ranks."""
         begin, whole = self.layout[0], self.layout[1]
-        scored, here = labels >= 0, (labels >= begin) & (labels < begin + words)
+        scored, here = labels >= 0, (labels >= begin) & (labels < begin + self.words)
         rows = torch.stack([here, scored]).double()
         owners, readers = _all_reduce(rows, "SUM", self.group).unbind()
         alike = _alike(scored, owners, readers, self.ranks)
@@ -292,4 +295,5 @@ def exchange_shard_layout(
     layout = _layout(
         anything, "\n".join(kind), " ".join(shapes), lengths, [*flat, source.vocabulary], "", group
     )
-    return source.of_shard(VocabularyShard(layout, group)), batch, objective
+    shard = VocabularyShard(layout, source.vocabulary, group)
+    return source.of_shard(shard), batch, objective

@@ -25,11 +25,18 @@ def words_of(rank, ranks, vocabulary):
     return slice(begin, end)
 
 
-def check_drawn(rank, jobs):
+def words_but_of_one(rank, ranks, vocabulary):
+    """Which rank has no word depends on the vocabulary."""
+    nobody = vocabulary // 2 % ranks
+    part = words_of(rank - (rank > nobody), ranks - 1, vocabulary)
+    return slice(part.start, part.start) if rank == nobody else part
+
+
+def check_drawn(rank, jobs, parts):
     ranks = dist.get_world_size()
     for case, backend in jobs:
         plain = case if isinstance(case, Case) else case.case
-        shard = Shard(dist.group.WORLD, words_of(rank, ranks, plain.vocabulary))
+        shard = Shard(dist.group.WORLD, parts(rank, ranks, plain.vocabulary))
         logits_or_inputs, labels, *keywords = case.tensors(torch.device("cpu"))
         check = check_case if isinstance(case, Case) else check_linear_case
         try:
@@ -38,17 +45,28 @@ def check_drawn(rank, jobs):
             raise AssertionError(f"{backend}, {case}") from error
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_any_call_is_within_the_budget(ranks, tmp_path):
-    """cpp and eager on many, Triton's interpreter on a few; logits and a head."""
+def jobs(**counts):
+    """Cases of logits, and half as many of a head, for each backend."""
     vocabularies = st.sampled_from([4, 7, 16, 33, 40, 129])
     shapes = vocabularies.flatmap(lambda v: cases(vocabulary=v))
     heads = vocabularies.flatmap(lambda v: linear_cases(vocabulary=v))
-    jobs = []
-    for backend, count in (("cpp", 40), ("eager", 10), ("triton", 5)):
-        jobs += [(case, backend) for case in drawn(shapes, count)]
-        jobs += [(case, backend) for case in drawn(heads, count // 2)]
-    run_on(ranks, tmp_path, check_drawn, jobs)
+    return [
+        (case, backend)
+        for backend, count in counts.items()
+        for case in (*drawn(shapes, count), *drawn(heads, count // 2))
+    ]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_any_call_is_within_the_budget(ranks, tmp_path):
+    """cpp and eager on many, what is simulated on a few; logits and a head."""
+    drawn_jobs = jobs(cpp=40, eager=10, triton=5)
+    run_on(ranks, tmp_path, check_drawn, drawn_jobs, words_of)
+
+
+def test_a_rank_without_words_takes_part(tmp_path):
+    drawn_jobs = jobs(cpp=20, eager=10, triton=4, cuda=4)
+    run_on(3, tmp_path, check_drawn, drawn_jobs, words_but_of_one)
 
 
 def batch(vocabulary=10):
@@ -170,6 +188,8 @@ def check_errors(rank):
         (lambda: linear(weight=weight.half() if rank else weight), "weight: .*float16"),
         (lambda: linear(chunk_tokens=1 - rank), "chunk_tokens: "),
         # Only together can they know.
+        (lambda: loss(logits[..., :0]), "tp_group: got no word on any rank"),
+        (lambda: linear(weight=weight[:0]), "tp_group: got no word on any rank"),
         *(
             (lambda labels=wrong, backend=backend: loss(labels=labels, backend=backend), alike)
             for wrong in (other, hole, outside, labels + 10)

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from r2vpo_kernels.backends import triton
 
+from .emulator.build import emulate_cuda
 from .small_steps import walk_in_small_steps
 
 
@@ -20,6 +21,7 @@ def _work(rank: int, ranks: int, meeting_point: str, function: Callable, argumen
     torch.use_deterministic_algorithms(True)  # torch.empty comes filled with NaN
     if triton.SIMULATED:
         walk_in_small_steps()
+        emulate_cuda()
     # Ranks that wait for one another are an error soon.
     dist.init_process_group(
         "gloo", init_method=meeting_point, rank=rank, world_size=ranks, timeout=timedelta(minutes=2)
