@@ -31,7 +31,7 @@ Source = TypeVar("Source", Logits, LinearLogits)
 
 
 def _entry(entry: Callable[P, R]) -> Callable[P, R]:
-    """Of DTensors it is given the local parts; the error of a misspelt keyword begins with it."""
+    """The entry, given the local parts of DTensors; a misspelt keyword is named like a bad value."""
     known = tuple(inspect.signature(entry).parameters)
 
     @functools.wraps(entry)

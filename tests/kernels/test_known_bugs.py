@@ -22,11 +22,15 @@ The number in a test's name is that of this list, with one report of each:
 20. upstream gradients in a batch (is_grads_batched)
 21. NumPy's numbers refused: in test_errors.py
 22. jagged tensors: in test_errors.py
+23. a torch that was built without distributed
+24. DTensors, and a rank without words: in tests/distributed
 
 13 and 14, compiled extensions and unwrapped DDP models, do not apply to what is here.
 """
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -502,3 +506,39 @@ def test_20_upstream_gradients_in_a_batch_are_refused_or_work(backend, device, n
     else:
         with pytest.raises(RuntimeError, match="is_grads_batched"):
             gradients()
+
+
+WITHOUT_DISTRIBUTED = """
+import importlib.abc, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch.distributed":
+            for what in ("_c10d_init", "_rpc_init", "_dist_autograd_init"):
+                delattr(sys.modules["torch._C"], what)
+            sys.meta_path.remove(self)
+
+sys.meta_path.insert(0, Finder())
+import torch
+import r2vpo_kernels as r
+
+assert not torch.distributed.is_available()
+z, w = torch.randn(2, 3, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+labels, advantages = torch.zeros(2, 3, dtype=torch.long), torch.ones(2)
+rest = labels, torch.zeros(2, 3), advantages
+for center in ("one", "group"):
+    r.r2vpo_loss(z, *rest, center=center).loss.backward()
+    r.linear_r2vpo_loss(z, w, *rest, center=center).loss.backward()
+r.r2vpo_loss_from_logps(z[..., 0], *rest[1:]).loss.backward()
+r.token_logps(z, labels).sum().backward()
+r.linear_token_logps(z, w, labels).sum().backward()
+try:
+    r.r2vpo_loss(z, *rest, tp_group=object())
+except TypeError as error:
+    assert str(error).startswith("tp_group: got object, expected")
+"""
+
+
+def test_23_a_torch_without_distributed():
+    """As USE_DISTRIBUTED=0 builds it."""
+    subprocess.run([sys.executable, "-c", WITHOUT_DISTRIBUTED], check=True)
