@@ -31,7 +31,7 @@ Source = TypeVar("Source", Logits, LinearLogits)
 
 
 def _entry(entry: Callable[P, R]) -> Callable[P, R]:
-    """The entry, given the local parts of DTensors; a misspelt keyword is named like a bad value."""
+    """The entry: of DTensors it gets the local parts, and a misspelt keyword is named in the error."""
     known = tuple(inspect.signature(entry).parameters)
 
     @functools.wraps(entry)
