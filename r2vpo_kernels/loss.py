@@ -31,7 +31,7 @@ Source = TypeVar("Source", Logits, LinearLogits)
 
 
 def _entry(entry: Callable[P, R]) -> Callable[P, R]:
-    """The entry: of DTensors it gets the local parts, and a misspelt keyword is named in the error."""
+    """The entry, which gets the local parts of DTensors. An error names a misspelt keyword."""
     known = tuple(inspect.signature(entry).parameters)
 
     @functools.wraps(entry)
