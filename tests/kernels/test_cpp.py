@@ -43,7 +43,7 @@ def test_rows_of_several_blocks(instruction_set, dtype, vocabulary):
 
 
 def test_the_exponential_is_within_its_stated_error(instruction_set):
-    """2.8U, at every 97th float from -126 to 1; exactly 1 at 0; 0 below -126.5; NaN for NaN."""
+    """3.3U, at every 97th float from -126 to 1; exactly 1 at 0; 0 below -126.5; NaN for NaN."""
     tiny, lowest, one = (torch.tensor(x).view(torch.int32).item() for x in (2.0**-40, 126.0, 1.0))
     sign = torch.tensor(-(2**31), dtype=torch.int32)
     below = torch.arange(tiny, lowest, 97, dtype=torch.int32) | sign
@@ -53,7 +53,7 @@ def test_the_exponential_is_within_its_stated_error(instruction_set):
     exp2 = cpp.INSTRUCTION_SETS[instruction_set].exp2
     exp2(x.data_ptr(), y.data_ptr(), x.numel())
     truth = torch.exp2(x.double())
-    assert ((y.double() - truth).abs() / truth).max() <= 2.8 * U
+    assert ((y.double() - truth).abs() / truth).max() <= 3.3 * U
     special = torch.tensor([0.0, -0.0, -127.0, -126.6, torch.nan])
     y = torch.empty_like(special)
     exp2(special.data_ptr(), y.data_ptr(), 5)
