@@ -50,11 +50,6 @@ inline void transform(const T* from, T* to, std::int64_t columns, Body body) {
 // A NaN as BFloat16::narrow takes it.
 inline float plain_nan(float x) { return x == x ? x : std::numeric_limits<float>::quiet_NaN(); }
 
-template <typename T>
-inline void store_one(T* to, float value) {
-  store_part(to, {broadcast(plain_nan(value)), broadcast(0.0f)}, 1);
-}
-
 // The largest logit, but for NaN; finite at least, so that -inf meets no inf - inf.
 template <typename T>
 inline float largest_of(const T* row, std::int64_t begin, std::int64_t end) {
@@ -154,7 +149,8 @@ template <typename T>
 void set_label(T* grad_row, std::int64_t vocabulary, std::int64_t label, const Look& look,
                float dlogp, float dentropy) {
   if (label < vocabulary) {
-    store_one(grad_row + label, label_slope(look.logp, look.entropy, dlogp, dentropy));
+    const float dz = label_slope(look.logp, look.entropy, dlogp, dentropy);
+    store_one(grad_row + label, plain_nan(dz));
   }
 }
 

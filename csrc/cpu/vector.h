@@ -148,11 +148,13 @@ inline Words halves_of(Words even, Words odd) {
 #endif
 }
 
-// `widen` takes 16 bits from the low half of each word; `narrow` puts those of two vectors together.
+// `widen` takes the halves of words apart, `narrow` puts them together.
 struct BFloat16 {
   std::uint16_t bits;
 
-  static Floats widen(Words half) { return bits_of<Floats>(half << 16); }
+  static Pair widen(Words halves) {
+    return {bits_of<Floats>(halves << 16), bits_of<Floats>(halves & 0xffff0000)};
+  }
 
   // To nearest, ties away from 0. A NaN stays one unless all its bits are set (see plain_nan).
   static Words narrow(Pair x) {
@@ -170,7 +172,11 @@ struct BFloat16 {
 struct Float16 {
   std::uint16_t bits;
 
-  static Floats widen(Words half) {
+  static Pair widen(Words halves) { return {single(halves & 0xffff), single(halves >> 16)}; }
+
+  static Words narrow(Pair x) { return half(x.first) | (half(x.second) << 16); }
+
+  static Floats single(Words half) {
     const Words magnitude = (half & 0x7fff) << 13;
     // The product moves the exponent from one bias to the other, subnormal numbers too.
     const Words finite = bits_of<Words>(bits_of<Floats>(magnitude) * broadcast(0x1p112f));
@@ -178,9 +184,7 @@ struct Float16 {
     return bits_of<Floats>(value | ((half & 0x8000) << 16));
   }
 
-  static Words narrow(Pair x) { return rounded(x.first) | (rounded(x.second) << 16); }
-
-  static Words rounded(Floats x) {
+  static Words half(Floats x) {
     const Words bits = bits_of<Words>(x);
     const Words magnitude = bits & 0x7fffffff;
     // From 2^-14 up: the bias moves, and 13 bits round away, to nearest, ties to even.
@@ -201,7 +205,7 @@ template <typename Half>
 inline Pair load(const Half* from) {
   Words halves;
   std::memcpy(&halves, from, sizeof(halves));
-  return {Half::widen(halves & 0xffff), Half::widen(halves >> 16)};
+  return Half::widen(halves);
 }
 
 template <typename Half>
@@ -224,7 +228,14 @@ inline float load_one(const Float32* from) { return from->value; }
 
 template <typename Half>
 inline float load_one(const Half* from) {
-  return Half::widen(Words{} + from->bits)[0];
+  return Half::widen(Words{} + from->bits).first[0];
+}
+
+inline void store_one(Float32* to, float value) { to->value = value; }
+
+template <typename Half>
+inline void store_one(Half* to, float value) {
+  to->bits = Half::narrow({broadcast(value), Floats{}})[0];
 }
 
 template <typename T>
