@@ -66,22 +66,20 @@ inline float largest_of(const T* row, std::int64_t begin, std::int64_t end) {
   return largest(larger(high.first, high.second));
 }
 
-// Distances from the largest logit, and what takes them to base 2.
-struct Distance {
-  Floats top, scale, least;
+// What takes distances from the largest logit to base 2.
+struct Base2 {
+  float scale, least;
 
-  Distance(float top, float temperature)
-      : top(broadcast(top)),
-        scale(broadcast(scale_of(temperature))),
-        least(broadcast(kLowestExponent / scale_of(temperature))) {}
-
-  static float scale_of(float temperature) {
-    const float scale = kLog2E / temperature;
-    return scale < kLeastScale ? kLeastScale : scale;
+  explicit Base2(float temperature) : scale(kLog2E / temperature) {
+    if (scale < kLeastScale) scale = kLeastScale;
+    least = kLowestExponent / scale;
   }
 
   // Bounded below, so that p·log p meets no 0·inf (Eq. 12).
-  Floats operator()(Floats z) const { return larger(least, z - top); }
+  Floats distance(Floats z, float top) const {
+    return larger(broadcast(least), z - broadcast(top));
+  }
+  Floats exp2_of(Floats d) const { return exp2(d, broadcast(scale)); }
 };
 
 // What a row's first look leaves to its second: the exponentials, in the order of pairs, and what
@@ -102,9 +100,8 @@ struct Exponentials {
 // Eq. 1, 3 and 14 in one read from memory. A block of columns is summed about the largest logit so
 // far, its own included. Sums over blocks are in double precision.
 template <bool kEntropy, bool kKeep, typename T>
-Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, float temperature,
+Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, const Base2& base,
                 Exponentials* kept) {
-  const float scale = Distance::scale_of(temperature);
   float top = kLowest;
   double s = 0.0, r = 0.0;
   for (std::int64_t begin = 0; begin < vocabulary; begin += kBlock) {
@@ -112,24 +109,23 @@ Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, float
     const float high = largest_of(row, begin, end);
     if (high > top) {
       if (begin > 0) {
-        const double gap = (double(high) - top) * scale, decay = std::exp2(-gap);
+        const double gap = (double(high) - top) * base.scale, decay = std::exp2(-gap);
         if (kEntropy) r = (r - gap * s) * decay;
         s *= decay;
       }
       top = high;
     }
     if (kKeep) kept->tops[begin / kBlock] = top;
-    const Distance distance(top, temperature);
     Pair block_s = {}, block_r = {};
     read(row, begin, end, [&](std::int64_t column, Pair z) {
       __builtin_prefetch(reinterpret_cast<const char*>(row + column) + kAhead);
-      const Pair d = {distance(z.first), distance(z.second)};
-      const Pair e = {exp2(d.first, distance.scale), exp2(d.second, distance.scale)};
+      const Pair d = {base.distance(z.first, top), base.distance(z.second, top)};
+      const Pair e = {base.exp2_of(d.first), base.exp2_of(d.second)};
       if (kKeep) store(kept->at(column), e);
       block_s = {block_s.first + e.first, block_s.second + e.second};
       if (kEntropy) {
-        block_r = {fma(e.first, d.first * distance.scale, block_r.first),
-                   fma(e.second, d.second * distance.scale, block_r.second)};
+        block_r = {fma(e.first, d.first * base.scale, block_r.first),
+                   fma(e.second, d.second * base.scale, block_r.second)};
       }
     });
     s += sum(__builtin_convertvector(block_s.first + block_s.second, Doubles));
@@ -140,7 +136,7 @@ Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, float
   // A bad label reads nothing.
   const double z = label < vocabulary ? load_one(row + label)
                                       : std::numeric_limits<float>::quiet_NaN();
-  const double logp = ((z - top) * scale - log_total) * kLn2;
+  const double logp = ((z - top) * base.scale - log_total) * kLn2;
   const double entropy = kEntropy ? (log_total - r / s) * kLn2 : 0.0;
   return {float(logp), top, float(log_total), float(entropy)};
 }
@@ -157,17 +153,17 @@ void set_label(T* grad_row, std::int64_t vocabulary, std::int64_t label, const L
 // Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
 template <bool kEntropy, typename T>
 void second_look(const T* row, T* grad_row, std::int64_t vocabulary, std::int64_t label,
-                 float temperature, const Look& look, float dlogp, float dentropy) {
-  const Distance distance(look.top, temperature);
+                 const Base2& base, float temperature, const Look& look, float dlogp,
+                 float dentropy) {
   dlogp /= temperature;
   dentropy /= temperature;
   // p·(-dlogp - dentropy·(log p + H)) is e·(slope + curve·d).
   const double share = std::exp2(-double(look.log_total));
   const double mean = look.entropy - look.log_total * kLn2;
   const Floats slope = broadcast(plain_nan(share * (-dlogp - dentropy * mean)));
-  const Floats curve = broadcast(plain_nan(share * -dentropy * Distance::scale_of(temperature) * kLn2));
+  const Floats curve = broadcast(plain_nan(share * -dentropy * base.scale * kLn2));
   transform(row, grad_row, vocabulary, [&](Floats z) {
-    const Floats d = distance(z), e = exp2(d, distance.scale);
+    const Floats d = base.distance(z, look.top), e = base.exp2_of(d);
     return e * (kEntropy ? fma(curve, d, slope) : slope);
   });
   set_label(grad_row, vocabulary, label, look, dlogp, dentropy);
@@ -176,14 +172,14 @@ void second_look(const T* row, T* grad_row, std::int64_t vocabulary, std::int64_
 // The same without entropy, from what the first look kept.
 template <typename T>
 void second_look(const Exponentials& kept, T* grad_row, std::int64_t vocabulary,
-                 std::int64_t label, float temperature, const Look& look, float dlogp) {
-  const float scale = Distance::scale_of(temperature);
+                 std::int64_t label, const Base2& base, float temperature, const Look& look,
+                 float dlogp) {
   dlogp /= temperature;
   const double slope = -dlogp / kept.total;
   for (std::int64_t begin = 0; begin < vocabulary; begin += kBlock) {
     const std::int64_t end = std::min(begin + kBlock, vocabulary);
     const float top = kept.tops[begin / kBlock];
-    const double decay = top == look.top ? 1.0 : std::exp2((double(top) - look.top) * scale);
+    const double decay = top == look.top ? 1.0 : std::exp2((double(top) - look.top) * base.scale);
     const Floats factor = broadcast(plain_nan(slope * decay));
     const auto dz = [&](std::int64_t column) {
       const Pair e = load(kept.at(column));
@@ -235,8 +231,8 @@ void logps_forward_of(const CpuTarget& target, const Rows& rows, const LogpsForw
     const std::int64_t i = a.token(r), label = a.tokens.label(i);
     Look look = {};
     if (label >= 0) {
-      look = first_look<kEntropy, false>(row, rows.vocabulary, label, a.tokens.temperature(i),
-                                         nullptr);
+      const Base2 base(a.tokens.temperature(i));
+      look = first_look<kEntropy, false>(row, rows.vocabulary, label, base, nullptr);
     }
     a.logps[i] = look.logp;
     a.top[i] = look.top;
@@ -252,8 +248,9 @@ void logps_backward_of(const CpuTarget& target, const Rows& rows, const LogpsBac
     const std::int64_t i = a.token(r), label = a.tokens.label(i);
     if (label < 0) return zero(grad_row, rows.vocabulary);
     const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
-    second_look<kEntropy>(row, grad_row, rows.vocabulary, label, a.tokens.temperature(i), look,
-                          a.grad_logps[i] * upstream,
+    const float temperature = a.tokens.temperature(i);
+    second_look<kEntropy>(row, grad_row, rows.vocabulary, label, Base2(temperature), temperature,
+                          look, a.grad_logps[i] * upstream,
                           kEntropy ? a.grad_entropy[i] * upstream : 0.0f);
   });
 }
@@ -272,13 +269,14 @@ void one_pass_of(const CpuTarget& target, const Rows& rows, const OnePass& a) {
     } else {
       const Token token = a.tokens.token(i, denominator);
       const float temperature = a.tokens.temperature(i);
-      look = first_look<kEntropy, !kEntropy>(row, rows.vocabulary, label, temperature, &kept);
+      const Base2 base(temperature);
+      look = first_look<kEntropy, !kEntropy>(row, rows.vocabulary, label, base, &kept);
       const float dlogp = loss_slope(objective, token, look.logp);
       if (kEntropy) {
-        second_look<true>(row, grad_row, rows.vocabulary, label, temperature, look, dlogp,
+        second_look<true>(row, grad_row, rows.vocabulary, label, base, temperature, look, dlogp,
                           entropy_slope(objective, token.weight));
       } else {
-        second_look(kept, grad_row, rows.vocabulary, label, temperature, look, dlogp);
+        second_look(kept, grad_row, rows.vocabulary, label, base, temperature, look, dlogp);
       }
     }
     a.logps[i] = look.logp;

@@ -62,7 +62,7 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// All lanes put together by halves.
+// All lanes put together by halves; those of 64 bytes GCC would take through memory.
 template <int kCount = kLanes, typename Vector, typename Op>
 inline auto folded(Vector x, Op op) {
   if constexpr (kCount == 1) {
@@ -73,6 +73,14 @@ inline auto folded(Vector x, Op op) {
     typedef decltype(x[0] + x[0]) Lane;
     typedef Lane Half __attribute__((vector_size(kCount / 2 * sizeof(Lane))));
     Half low, high;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(x) == 64) {
+      const __m512i all = bits_of<__m512i>(x);
+      low = bits_of<Half>(_mm512_castsi512_si256(all));
+      high = bits_of<Half>(_mm512_extracti64x4_epi64(all, 1));
+      return folded<kCount / 2>(op(low, high), op);
+    }
+#endif
     std::memcpy(&low, &x, sizeof(low));
     std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
     return folded<kCount / 2>(op(low, high), op);
