@@ -137,6 +137,18 @@ def test_equal_logits_below_one_are_within_the_budget(instruction_set, columns):
     check_case(logits, labels, keywords, "cpp")
 
 
+@pytest.mark.parametrize("temperature", [1e36, 1e38])
+def test_minus_infinity_has_no_share_at_any_temperature(instruction_set, temperature):
+    """Past 3.8e36 no finite distance is 0 to the exponential."""
+    logits = torch.randn(1, 1, 100).index_fill(2, torch.arange(30), -torch.inf).requires_grad_()
+    label = torch.tensor([[50]])
+    logps = token_logps(logits, label, temperature=temperature, backend="cpp")
+    (logps * temperature).sum().backward()
+    torch.testing.assert_close(logps.exp(), torch.full((1, 1), 1 / 70))
+    assert not logits.grad[..., :30].any()
+    torch.testing.assert_close(logits.grad[..., 51:], torch.full((1, 1, 49), -1 / 70))
+
+
 def test_the_callers_floating_point_state_survives():
     logits = torch.randn(1, 3, 50, requires_grad=True)
     r2vpo_loss(logits, torch.zeros(1, 3).long(), None, torch.ones(1), backend="cpp").loss.backward()
