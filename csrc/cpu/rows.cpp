@@ -82,26 +82,28 @@ struct Base2 {
   Floats exp2_of(Floats d) const { return exp2(d, broadcast(scale)); }
 };
 
-// What a row's first look leaves to its second: the exponentials, in the order of pairs, and what
-// each block's are relative to.
+// What a row's first look leaves to its second: the exponentials, in the order of pairs, and the
+// logit that those of each block are relative to.
 struct Exponentials {
   explicit Exponentials(std::int64_t vocabulary)
       : pairs(new Pair[(vocabulary + kStep - 1) / kStep]),
         tops(new float[(vocabulary + kBlock - 1) / kBlock]) {}
 
   // Not as pairs: see `load`.
-  Float32* at(std::int64_t column) const { return reinterpret_cast<Float32*>(pairs.get()) + column; }
+  Float32* at(std::int64_t column) const {
+    return reinterpret_cast<Float32*>(pairs.get()) + column;
+  }
 
   std::unique_ptr<Pair[]> pairs;
   std::unique_ptr<float[]> tops;
-  double total;  // about the last of them
+  double total;  // of the whole row, about the last of them
 };
 
 // Eq. 1, 3 and 14 in one read from memory. A block of columns is summed about the largest logit so
 // far, its own included. Sums over blocks are in double precision.
 template <bool kEntropy, bool kKeep, typename T>
 Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, const Base2& base,
-                Exponentials* kept) {
+                Exponentials& kept) {
   float top = kLowest;
   double s = 0.0, r = 0.0;
   for (std::int64_t begin = 0; begin < vocabulary; begin += kBlock) {
@@ -115,13 +117,13 @@ Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, const
       }
       top = high;
     }
-    if (kKeep) kept->tops[begin / kBlock] = top;
+    if (kKeep) kept.tops[begin / kBlock] = top;
     Pair block_s = {}, block_r = {};
     read(row, begin, end, [&](std::int64_t column, Pair z) {
       __builtin_prefetch(reinterpret_cast<const char*>(row + column) + kAhead);
       const Pair d = {base.distance(z.first, top), base.distance(z.second, top)};
       const Pair e = {base.exp2_of(d.first), base.exp2_of(d.second)};
-      if (kKeep) store(kept->at(column), e);
+      if (kKeep) store(kept.at(column), e);
       block_s = {block_s.first + e.first, block_s.second + e.second};
       if (kEntropy) {
         block_r = {fma(e.first, d.first * base.scale, block_r.first),
@@ -131,7 +133,7 @@ Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, const
     s += sum(__builtin_convertvector(block_s.first + block_s.second, Doubles));
     if (kEntropy) r += sum(__builtin_convertvector(block_r.first + block_r.second, Doubles));
   }
-  if (kKeep) kept->total = s;
+  kept.total = s;
   const double log_total = std::log2(s);
   // A bad label reads nothing.
   const double z = label < vocabulary ? load_one(row + label)
@@ -153,15 +155,14 @@ void set_label(T* grad_row, std::int64_t vocabulary, std::int64_t label, const L
 // Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
 template <bool kEntropy, typename T>
 void second_look(const T* row, T* grad_row, std::int64_t vocabulary, std::int64_t label,
-                 const Base2& base, float temperature, const Look& look, float dlogp,
+                 const Base2& base, float temperature, const Look& look, double total, float dlogp,
                  float dentropy) {
   dlogp /= temperature;
   dentropy /= temperature;
   // p·(-dlogp - dentropy·(log p + H)) is e·(slope + curve·d).
-  const double share = std::exp2(-double(look.log_total));
   const double mean = look.entropy - look.log_total * kLn2;
-  const Floats slope = broadcast(plain_nan(share * (-dlogp - dentropy * mean)));
-  const Floats curve = broadcast(plain_nan(share * -dentropy * base.scale * kLn2));
+  const Floats slope = broadcast(plain_nan((-dlogp - dentropy * mean) / total));
+  const Floats curve = broadcast(plain_nan(-dentropy * base.scale * kLn2 / total));
   transform(row, grad_row, vocabulary, [&](Floats z) {
     const Floats d = base.distance(z, look.top), e = base.exp2_of(d);
     return e * (kEntropy ? fma(curve, d, slope) : slope);
@@ -227,12 +228,12 @@ void zero(T* row, std::int64_t vocabulary) {
 
 template <bool kEntropy, typename T>
 void logps_forward_of(const CpuTarget& target, const Rows& rows, const LogpsForward& a) {
-  for_each_row<T>(target, rows, 0, [&](std::int64_t r, const T* row, T*, Exponentials&) {
+  for_each_row<T>(target, rows, 0, [&](std::int64_t r, const T* row, T*, Exponentials& kept) {
     const std::int64_t i = a.token(r), label = a.tokens.label(i);
     Look look = {};
     if (label >= 0) {
       const Base2 base(a.tokens.temperature(i));
-      look = first_look<kEntropy, false>(row, rows.vocabulary, label, base, nullptr);
+      look = first_look<kEntropy, false>(row, rows.vocabulary, label, base, kept);
     }
     a.logps[i] = look.logp;
     a.top[i] = look.top;
@@ -250,7 +251,7 @@ void logps_backward_of(const CpuTarget& target, const Rows& rows, const LogpsBac
     const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
     const float temperature = a.tokens.temperature(i);
     second_look<kEntropy>(row, grad_row, rows.vocabulary, label, Base2(temperature), temperature,
-                          look, a.grad_logps[i] * upstream,
+                          look, std::exp2(double(look.log_total)), a.grad_logps[i] * upstream,
                           kEntropy ? a.grad_entropy[i] * upstream : 0.0f);
   });
 }
@@ -270,11 +271,11 @@ void one_pass_of(const CpuTarget& target, const Rows& rows, const OnePass& a) {
       const Token token = a.tokens.token(i, denominator);
       const float temperature = a.tokens.temperature(i);
       const Base2 base(temperature);
-      look = first_look<kEntropy, !kEntropy>(row, rows.vocabulary, label, base, &kept);
+      look = first_look<kEntropy, !kEntropy>(row, rows.vocabulary, label, base, kept);
       const float dlogp = loss_slope(objective, token, look.logp);
       if (kEntropy) {
-        second_look<true>(row, grad_row, rows.vocabulary, label, base, temperature, look, dlogp,
-                          entropy_slope(objective, token.weight));
+        second_look<true>(row, grad_row, rows.vocabulary, label, base, temperature, look,
+                          kept.total, dlogp, entropy_slope(objective, token.weight));
       } else {
         second_look(kept, grad_row, rows.vocabulary, label, base, temperature, look, dlogp);
       }

@@ -98,9 +98,10 @@ inline double sum(Doubles x) {
 // Exponents below it are 0 to exp2. As a bound on them it is finite: -inf meets no 0·inf.
 constexpr float kLowestExponent = -127.0f;
 
-// 2^x for x = d·scale from -127 to 1, but for the rounding of x within 3.3U; 0 below -126.5; NaN for
-// NaN. With x = n + f, |f| <= 1/2, it is 2^n by its bits times a minimax polynomial of degree 5 in
-// f, which is 1 at 0; its relative error is 1.57U before rounding (docs/derivation/2-numerics.md).
+// 2^x for x = d·scale from -127 to 1, but for the rounding of x within 3.3U, U = 2^-24; 0 below
+// -126.5; NaN for NaN. With x = n + f, |f| <= 1/2, it is 2^n by its bits times a minimax polynomial
+// of degree 5 in f, which is 1 at 0. Its relative error is 1.57U, and roundings add the rest
+// (docs/derivation/2-numerics.md).
 inline Floats exp2(Floats d, Floats scale) {
   // Adding 1.5·2^23 rounds to a whole number, which then stands in the low bits; 127 is the bias.
   const Floats shift = broadcast(12582912.0f + 127.0f);
