@@ -130,8 +130,8 @@ Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, const
                    fma(e.second, d.second * base.scale, block_r.second)};
       }
     });
-    s += sum(__builtin_convertvector(block_s.first + block_s.second, Doubles));
-    if (kEntropy) r += sum(__builtin_convertvector(block_r.first + block_r.second, Doubles));
+    s += sum(block_s.first + block_s.second);
+    if (kEntropy) r += sum(block_r.first + block_r.second);
   }
   kept.total = s;
   const double log_total = std::log2(s);

@@ -25,7 +25,6 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 
 inline Floats broadcast(float x) { return x - Floats{}; }
 
@@ -62,37 +61,49 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// All lanes put together by halves; those of 64 bytes GCC would take through memory.
-template <int kCount = kLanes, typename Vector, typename Op>
-inline auto folded(Vector x, Op op) {
-  if constexpr (kCount == 1) {
-    return x;
-  } else if constexpr (kCount == 2) {
-    return op(x[0], x[1]);
-  } else {
-    typedef decltype(x[0] + x[0]) Lane;
-    typedef Lane Half __attribute__((vector_size(kCount / 2 * sizeof(Lane))));
-    Half low, high;
+// The halves of a vector; GCC would take one of 64 bytes apart in memory.
+template <typename Lane, int kCount>
+struct Halves {
+  typedef Lane Half __attribute__((vector_size(kCount / 2 * sizeof(Lane))));
+  Half low, high;
+
+  template <typename Vector>
+  explicit Halves(Vector x) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(x) == 64) {
       const __m512i all = bits_of<__m512i>(x);
       low = bits_of<Half>(_mm512_castsi512_si256(all));
       high = bits_of<Half>(_mm512_extracti64x4_epi64(all, 1));
-      return folded<kCount / 2>(op(low, high), op);
+      return;
     }
 #endif
     std::memcpy(&low, &x, sizeof(low));
     std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
-    return folded<kCount / 2>(op(low, high), op);
+  }
+};
+
+// All lanes put together.
+template <typename Lane, int kCount, typename Vector, typename Op>
+inline Lane folded(Vector x, Op op) {
+  if constexpr (kCount == 2) {
+    return op(x[0], x[1]);
+  } else {
+    const Halves<Lane, kCount> halves(x);
+    return folded<Lane, kCount / 2>(op(halves.low, halves.high), op);
   }
 }
 
 inline float largest(Floats x) {
-  return folded(x, [](auto a, auto b) { return a > b ? a : b; });
+  return folded<float, kLanes>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-inline double sum(Doubles x) {
-  return folded(x, [](auto a, auto b) { return a + b; });
+// In double precision.
+inline double sum(Floats x) {
+  typedef double Doubles __attribute__((vector_size(4 * kLanes)));
+  const Halves<float, kLanes> halves(x);
+  const Doubles both = __builtin_convertvector(halves.low, Doubles) +
+                       __builtin_convertvector(halves.high, Doubles);
+  return folded<double, kLanes / 2>(both, [](auto a, auto b) { return a + b; });
 }
 
 // Exponents below it are 0 to exp2. As a bound on them it is finite: -inf meets no 0·inf.
@@ -146,12 +157,8 @@ inline void store(Float32* to, Pair x) {
 
 // The low half of each word of `even`, the high half of each of `odd`.
 inline Words halves_of(Words even, Words odd) {
-#if defined(__AVX512BW__)
-  const __m512i low = bits_of<__m512i>(even), high = bits_of<__m512i>(odd);
-  return bits_of<Words>(_mm512_mask_blend_epi16(0xaaaaaaaa, low, high));
-#elif defined(__AVX2__)
-  const __m256i low = bits_of<__m256i>(even), high = bits_of<__m256i>(odd);
-  return bits_of<Words>(_mm256_blend_epi16(low, high, 0xaa));
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return bits_of<Words>(_mm256_blend_epi16(bits_of<__m256i>(even), bits_of<__m256i>(odd), 0xaa));
 #else
   return (even & 0xffff) | (odd & 0xffff0000);
 #endif
