@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "cpu.h"
 #include "vector.h"
@@ -12,8 +13,11 @@ namespace {
 
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
-// Columns that are summed in float32: 64 to a lane, so that no chain of additions is longer.
-constexpr std::int64_t kBlock = 64 * kLanes;
+// Under it no finite float is -127 times 1/scale: a temperature above 3.8e36 counts as 3.8e36.
+constexpr float kLeastScale = 3.75e-37f;
+// Columns that are summed in float32: 64 to a lane of each vector of a pair, so that no chain of
+// additions is longer.
+constexpr std::int64_t kBlock = 64 * kStep;
 // Bytes between what is read and what is asked for: the processor's own prefetching stops at the end
 // of each page of 4 KiB, which these exponentials are quick to reach.
 constexpr std::int64_t kAhead = 8192;
@@ -21,19 +25,12 @@ constexpr std::int64_t kAhead = 8192;
 // is enough for everyone several huge pages, which two threads that touch one first would both clear.
 constexpr std::int64_t kLeast = std::int64_t{1} << 16, kMost = std::int64_t{1} << 22;
 
-// body(x) for each vector of columns from `begin` to `end`.
+// body(column, x) for each two vectors of columns from `begin` to `end`.
 template <typename T, typename Body>
 inline void read(const T* row, std::int64_t begin, std::int64_t end, Body body) {
-  const auto both = [&](Pair x) {
-    body(x.first);
-    body(x.second);
-  };
   std::int64_t column = begin;
-  for (; column + kStep <= end; column += kStep) {
-    __builtin_prefetch(reinterpret_cast<const char*>(row + column) + kAhead);
-    both(load(row + column));
-  }
-  if (column < end) both(load_part(row + column, end - column));
+  for (; column + kStep <= end; column += kStep) body(column, load(row + column));
+  if (column < end) body(column, load_part(row + column, end - column));
 }
 
 // to = body(from) for each vector of columns.
@@ -50,81 +47,154 @@ inline void transform(const T* from, T* to, std::int64_t columns, Body body) {
   }
 }
 
+// A NaN as BFloat16::narrow takes it.
+inline float plain_nan(float x) { return x == x ? x : std::numeric_limits<float>::quiet_NaN(); }
+
+// The largest logit, but for NaN; finite at least, so that -inf meets no inf - inf.
 template <typename T>
-inline void store_one(T* to, float value) {
-  store_part(to, {broadcast(value), broadcast(value)}, 1);
+inline float largest_of(const T* row, std::int64_t begin, std::int64_t end) {
+  Pair high = {broadcast(kLowest), broadcast(kLowest)};
+  const auto add = [&](Pair x) {
+    high = {larger(x.first, high.first), larger(x.second, high.second)};
+  };
+  // Four vectors at a time: a chain of maxima takes longer than what it waits for.
+  for (; begin + 2 * kStep <= end; begin += 2 * kStep) {
+    const Pair x = load(row + begin), y = load(row + begin + kStep);
+    add({larger(x.first, y.first), larger(x.second, y.second)});
+  }
+  read(row, begin, end, [&](std::int64_t, Pair x) { add(x); });
+  return largest(larger(high.first, high.second));
 }
 
-// An exponent bounded below, so that p·log p meets no 0·inf (Eq. 12).
-inline Floats bounded(Floats x) { return larger(broadcast(kLowestExponent), x); }
+// What takes distances from the largest logit to base 2.
+struct Base2 {
+  float scale, least;
+
+  explicit Base2(float temperature) : scale(kLog2E / temperature) {
+    if (scale < kLeastScale) scale = kLeastScale;
+    least = kLowestExponent / scale;
+  }
+
+  // Bounded below, so that p·log p meets no 0·inf (Eq. 12).
+  Floats distance(Floats z, float top) const {
+    return larger(broadcast(least), z - broadcast(top));
+  }
+  Floats exp2_of(Floats d) const { return exp2(d, broadcast(scale)); }
+};
+
+// What a row's first look leaves to its second: the exponentials, in the order of pairs, and the
+// logit that those of each block are relative to.
+struct Exponentials {
+  explicit Exponentials(std::int64_t vocabulary)
+      : pairs(new Pair[(vocabulary + kStep - 1) / kStep]),
+        tops(new float[(vocabulary + kBlock - 1) / kBlock]) {}
+
+  // Not as pairs: see `load`.
+  Float32* at(std::int64_t column) const {
+    return reinterpret_cast<Float32*>(pairs.get()) + column;
+  }
+
+  std::unique_ptr<Pair[]> pairs;
+  std::unique_ptr<float[]> tops;
+  double total;  // of the whole row, about the last of them
+};
 
 // Eq. 1, 3 and 14 in one read from memory. A block of columns is summed about the largest logit so
-// far; where it holds a larger one, which becomes rare, it is summed anew. Sums over blocks are in
-// double precision.
-template <bool kEntropy, typename T>
-Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, float temperature) {
-  const float scale = kLog2E / temperature;
-  // Of the first block the largest is found beforehand: rows of one block are summed once. It is
-  // finite at least: a block of -inf meets no inf - inf.
-  Floats first_high = broadcast(kLowest);
-  read(row, 0, std::min(kBlock, vocabulary), [&](Floats z) { first_high = larger(z, first_high); });
-  float top = largest(first_high);
-  Doubles s = {}, r = {};
+// far, its own included. Sums over blocks are in double precision.
+template <bool kEntropy, bool kKeep, typename T>
+Look first_look(const T* row, std::int64_t vocabulary, std::int64_t label, const Base2& base,
+                Exponentials& kept) {
+  float top = kLowest;
+  double s = 0.0, r = 0.0;
   for (std::int64_t begin = 0; begin < vocabulary; begin += kBlock) {
     const std::int64_t end = std::min(begin + kBlock, vocabulary);
-    Floats block_s, block_r;
-    while (true) {
-      Floats high = broadcast(kLowest);
-      block_s = block_r = Floats{};
-      read(row, begin, end, [&](Floats z) {
-        high = larger(z, high);
-        const Floats x = bounded((z - top) * scale);
-        const Floats e = exp2(x);
-        block_s += e;
-        if (kEntropy) block_r = fma(e, x, block_r);
-      });
-      const float new_top = largest(high);
-      if (!(new_top > top)) break;
-      const double gap = (double(new_top) - top) * scale, decay = std::exp2(-gap);
-      if (kEntropy) r = (r - gap * s) * decay;
-      s *= decay;
-      top = new_top;
+    const float high = largest_of(row, begin, end);
+    if (high > top) {
+      if (begin > 0) {
+        const double gap = (double(high) - top) * base.scale, decay = std::exp2(-gap);
+        if (kEntropy) r = (r - gap * s) * decay;
+        s *= decay;
+      }
+      top = high;
     }
-    s += __builtin_convertvector(block_s, Doubles);
-    if (kEntropy) r += __builtin_convertvector(block_r, Doubles);
+    if (kKeep) kept.tops[begin / kBlock] = top;
+    Pair block_s = {}, block_r = {};
+    read(row, begin, end, [&](std::int64_t column, Pair z) {
+      __builtin_prefetch(reinterpret_cast<const char*>(row + column) + kAhead);
+      const Pair d = {base.distance(z.first, top), base.distance(z.second, top)};
+      const Pair e = {base.exp2_of(d.first), base.exp2_of(d.second)};
+      if (kKeep) store(kept.at(column), e);
+      block_s = {block_s.first + e.first, block_s.second + e.second};
+      if (kEntropy) {
+        block_r = {fma(e.first, d.first * base.scale, block_r.first),
+                   fma(e.second, d.second * base.scale, block_r.second)};
+      }
+    });
+    s += sum(block_s.first + block_s.second);
+    if (kEntropy) r += sum(block_r.first + block_r.second);
   }
-  const double total = sum(s), log_total = std::log2(total);
+  kept.total = s;
+  const double log_total = std::log2(s);
   // A bad label reads nothing.
-  const double z = label < vocabulary ? load_part(row + label, 1).first[0]
+  const double z = label < vocabulary ? load_one(row + label)
                                       : std::numeric_limits<float>::quiet_NaN();
-  const double logp = ((z - top) * scale - log_total) * kLn2;
-  const double entropy = kEntropy ? (log_total - sum(r) / total) * kLn2 : 0.0;
+  const double logp = ((z - top) * base.scale - log_total) * kLn2;
+  const double entropy = kEntropy ? (log_total - r / s) * kLn2 : 0.0;
   return {float(logp), top, float(log_total), float(entropy)};
+}
+
+template <typename T>
+void set_label(T* grad_row, std::int64_t vocabulary, std::int64_t label, const Look& look,
+               float dlogp, float dentropy) {
+  if (label < vocabulary) {
+    const float dz = label_slope(look.logp, look.entropy, dlogp, dentropy);
+    store_one(grad_row + label, plain_nan(dz));
+  }
 }
 
 // Eq. 8: dL/dz of a row from dL/dlogp and dL/dH.
 template <bool kEntropy, typename T>
 void second_look(const T* row, T* grad_row, std::int64_t vocabulary, std::int64_t label,
-                 float temperature, const Look& look, float dlogp, float dentropy) {
-  const Floats scale = broadcast(kLog2E / temperature);
-  const Floats top = broadcast(look.top), minus_log_total = broadcast(-look.log_total);
+                 const Base2& base, float temperature, const Look& look, double total, float dlogp,
+                 float dentropy) {
   dlogp /= temperature;
   dentropy /= temperature;
-  const Floats minus_dlogp = broadcast(-dlogp), minus_dentropy = broadcast(-dentropy);
-  const Floats ln_2 = broadcast(float(kLn2)), entropy = broadcast(look.entropy);
+  // p·(-dlogp - dentropy·(log p + H)) is e·(slope + curve·d).
+  const double mean = look.entropy - look.log_total * kLn2;
+  const Floats slope = broadcast(plain_nan((-dlogp - dentropy * mean) / total));
+  const Floats curve = broadcast(plain_nan(-dentropy * base.scale * kLn2 / total));
   transform(row, grad_row, vocabulary, [&](Floats z) {
-    const Floats log2_p = bounded(fma(z - top, scale, minus_log_total));
-    Floats slope = minus_dlogp;
-    if (kEntropy) slope = fma(minus_dentropy, fma(log2_p, ln_2, entropy), slope);
-    return exp2(log2_p) * slope;
+    const Floats d = base.distance(z, look.top), e = base.exp2_of(d);
+    return e * (kEntropy ? fma(curve, d, slope) : slope);
   });
-  if (label < vocabulary) {
-    store_one(grad_row + label, label_slope(look.logp, look.entropy, dlogp, dentropy));
+  set_label(grad_row, vocabulary, label, look, dlogp, dentropy);
+}
+
+// The same without entropy, from what the first look kept.
+template <typename T>
+void second_look(const Exponentials& kept, T* grad_row, std::int64_t vocabulary,
+                 std::int64_t label, const Base2& base, float temperature, const Look& look,
+                 float dlogp) {
+  dlogp /= temperature;
+  const double slope = -dlogp / kept.total;
+  for (std::int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+    const std::int64_t end = std::min(begin + kBlock, vocabulary);
+    const float top = kept.tops[begin / kBlock];
+    const double decay = top == look.top ? 1.0 : std::exp2((double(top) - look.top) * base.scale);
+    const Floats factor = broadcast(plain_nan(slope * decay));
+    const auto dz = [&](std::int64_t column) {
+      const Pair e = load(kept.at(column));
+      return Pair{e.first * factor, e.second * factor};
+    };
+    std::int64_t column = begin;
+    for (; column + kStep <= end; column += kStep) store(grad_row + column, dz(column));
+    if (column < end) store_part(grad_row + column, dz(column), end - column);
   }
+  set_label(grad_row, vocabulary, label, look, dlogp, 0.0f);
 }
 
 template <typename T, typename Body>
-void for_each_row(const CpuTarget& target, const Rows& rows, Body body) {
+void for_each_row(const CpuTarget& target, const Rows& rows, std::int64_t kept_columns, Body body) {
   const T* logits = static_cast<const T*>(rows.logits);
   T* dlogits = static_cast<T*>(rows.dlogits);
   const std::int64_t count = rows.batch * rows.length;
@@ -136,12 +206,17 @@ void for_each_row(const CpuTarget& target, const Rows& rows, Body body) {
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] FlushToZero flush;
-#pragma omp for schedule(dynamic, share)
-    for (std::int64_t r = 0; r < count; ++r) {
-      const std::int64_t b = r / rows.length, t = r % rows.length;
-      const T* row = logits + b * rows.stride_batch + t * rows.stride_token;
-      T* grad_row = dlogits + b * rows.grad_stride_batch + t * rows.grad_stride_token;
-      body(r, row, grad_row);
+    Exponentials kept(kept_columns);
+#pragma omp for schedule(dynamic)
+    for (std::int64_t first = 0; first < count; first += share) {
+      std::int64_t b = first / rows.length, t = first % rows.length;
+      const std::int64_t last = std::min(first + share, count);
+      for (std::int64_t r = first; r < last; ++r) {
+        const T* row = logits + b * rows.stride_batch + t * rows.stride_token;
+        T* grad_row = dlogits + b * rows.grad_stride_batch + t * rows.grad_stride_token;
+        body(r, row, grad_row, kept);
+        if (++t == rows.length) ++b, t = 0;
+      }
     }
   }
 }
@@ -153,11 +228,12 @@ void zero(T* row, std::int64_t vocabulary) {
 
 template <bool kEntropy, typename T>
 void logps_forward_of(const CpuTarget& target, const Rows& rows, const LogpsForward& a) {
-  for_each_row<T>(target, rows, [&](std::int64_t r, const T* row, T*) {
+  for_each_row<T>(target, rows, 0, [&](std::int64_t r, const T* row, T*, Exponentials& kept) {
     const std::int64_t i = a.token(r), label = a.tokens.label(i);
     Look look = {};
     if (label >= 0) {
-      look = first_look<kEntropy>(row, rows.vocabulary, label, a.tokens.temperature(i));
+      const Base2 base(a.tokens.temperature(i));
+      look = first_look<kEntropy, false>(row, rows.vocabulary, label, base, kept);
     }
     a.logps[i] = look.logp;
     a.top[i] = look.top;
@@ -169,12 +245,13 @@ void logps_forward_of(const CpuTarget& target, const Rows& rows, const LogpsForw
 template <bool kEntropy, typename T>
 void logps_backward_of(const CpuTarget& target, const Rows& rows, const LogpsBackward& a) {
   const float upstream = a.upstream ? *a.upstream : 1.0f;
-  for_each_row<T>(target, rows, [&](std::int64_t r, const T* row, T* grad_row) {
+  for_each_row<T>(target, rows, 0, [&](std::int64_t r, const T* row, T* grad_row, Exponentials&) {
     const std::int64_t i = a.token(r), label = a.tokens.label(i);
     if (label < 0) return zero(grad_row, rows.vocabulary);
     const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
-    second_look<kEntropy>(row, grad_row, rows.vocabulary, label, a.tokens.temperature(i), look,
-                          a.grad_logps[i] * upstream,
+    const float temperature = a.tokens.temperature(i);
+    second_look<kEntropy>(row, grad_row, rows.vocabulary, label, Base2(temperature), temperature,
+                          look, std::exp2(double(look.log_total)), a.grad_logps[i] * upstream,
                           kEntropy ? a.grad_entropy[i] * upstream : 0.0f);
   });
 }
@@ -183,7 +260,9 @@ template <bool kEntropy, typename T>
 void one_pass_of(const CpuTarget& target, const Rows& rows, const OnePass& a) {
   const Objective objective = a.tokens.objective();
   const float denominator = a.tokens.denominator();
-  for_each_row<T>(target, rows, [&](std::int64_t r, const T* row, T* grad_row) {
+  const std::int64_t kept_columns = kEntropy ? 0 : rows.vocabulary;
+  for_each_row<T>(target, rows, kept_columns, [&](std::int64_t r, const T* row, T* grad_row,
+                                                  Exponentials& kept) {
     const std::int64_t i = a.token(r), label = a.tokens.label(i);
     Look look = {};
     if (label < 0) {
@@ -191,10 +270,15 @@ void one_pass_of(const CpuTarget& target, const Rows& rows, const OnePass& a) {
     } else {
       const Token token = a.tokens.token(i, denominator);
       const float temperature = a.tokens.temperature(i);
-      look = first_look<kEntropy>(row, rows.vocabulary, label, temperature);
-      second_look<kEntropy>(row, grad_row, rows.vocabulary, label, temperature, look,
-                            loss_slope(objective, token, look.logp),
-                            kEntropy ? entropy_slope(objective, token.weight) : 0.0f);
+      const Base2 base(temperature);
+      look = first_look<kEntropy, !kEntropy>(row, rows.vocabulary, label, base, kept);
+      const float dlogp = loss_slope(objective, token, look.logp);
+      if (kEntropy) {
+        second_look<true>(row, grad_row, rows.vocabulary, label, base, temperature, look,
+                          kept.total, dlogp, entropy_slope(objective, token.weight));
+      } else {
+        second_look(kept, grad_row, rows.vocabulary, label, base, temperature, look, dlogp);
+      }
     }
     a.logps[i] = look.logp;
     if (kEntropy) a.entropy[i] = look.entropy;
@@ -203,10 +287,11 @@ void one_pass_of(const CpuTarget& target, const Rows& rows, const OnePass& a) {
 
 template <typename T>
 void scale_of(const CpuTarget& target, const Rows& rows, const Scale& a) {
-  const float factor = *a.upstream;
+  const float factor = plain_nan(*a.upstream);
   if (factor == 1.0f) return;
-  for_each_row<T>(target, rows, [&](std::int64_t, const T* row, T* grad_row) {
-    transform(row, grad_row, rows.vocabulary, [&](Floats dz) { return dz * factor; });
+  for_each_row<T>(target, rows, 0, [&](std::int64_t, const T* row, T* grad_row, Exponentials&) {
+    transform(row, grad_row, rows.vocabulary,
+              [&](Floats dz) { return T::ties_to_even(dz * factor); });
   });
 }
 
@@ -249,7 +334,8 @@ void scale(const CpuTarget& target, const Rows& rows, const Scale& a) {
 
 void exp2_of(const float* in, float* out, std::int64_t count) {
   const Float32* from = reinterpret_cast<const Float32*>(in);
-  transform(from, reinterpret_cast<Float32*>(out), count, [](Floats x) { return exp2(x); });
+  transform(from, reinterpret_cast<Float32*>(out), count, 
+            [](Floats x) { return exp2(x, broadcast(1.0f)); });
 }
 
 }  // namespace

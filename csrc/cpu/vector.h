@@ -25,7 +25,6 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 
 inline Floats broadcast(float x) { return x - Floats{}; }
 
@@ -62,42 +61,68 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// All lanes put together by halves, in memory: lanes taken out of a vector one by one take longer.
-template <typename T, typename Vector, typename Op>
-inline T folded(const Vector& x, Op op) {
-  T lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof(lanes));
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] = op(lanes[lane], lanes[lane + half]);
+// The halves of a vector; GCC would take one of 64 bytes apart in memory.
+template <typename Lane, int kCount>
+struct Halves {
+  typedef Lane Half __attribute__((vector_size(kCount / 2 * sizeof(Lane))));
+  Half low, high;
+
+  template <typename Vector>
+  explicit Halves(Vector x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(x) == 64) {
+      const __m512i all = bits_of<__m512i>(x);
+      low = bits_of<Half>(_mm512_castsi512_si256(all));
+      high = bits_of<Half>(_mm512_extracti64x4_epi64(all, 1));
+      return;
+    }
+#endif
+    std::memcpy(&low, &x, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
   }
-  return lanes[0];
+};
+
+// All lanes put together.
+template <typename Lane, int kCount, typename Vector, typename Op>
+inline Lane folded(Vector x, Op op) {
+  if constexpr (kCount == 2) {
+    return op(x[0], x[1]);
+  } else {
+    const Halves<Lane, kCount> halves(x);
+    return folded<Lane, kCount / 2>(op(halves.low, halves.high), op);
+  }
 }
 
 inline float largest(Floats x) {
-  return folded<float>(x, [](float a, float b) { return a > b ? a : b; });
+  return folded<float, kLanes>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-inline double sum(Doubles x) {
-  return folded<double>(x, [](double a, double b) { return a + b; });
+// In double precision.
+inline double sum(Floats x) {
+  typedef double Doubles __attribute__((vector_size(4 * kLanes)));
+  const Halves<float, kLanes> halves(x);
+  const Doubles both = __builtin_convertvector(halves.low, Doubles) +
+                       __builtin_convertvector(halves.high, Doubles);
+  return folded<double, kLanes / 2>(both, [](auto a, auto b) { return a + b; });
 }
 
 // Exponents below it are 0 to exp2. As a bound on them it is finite: -inf meets no 0·inf.
 constexpr float kLowestExponent = -127.0f;
 
-// 2^x for x from kLowestExponent to 1, within 1.5 ulp; 0 below -126.5; NaN for NaN. With x = n + f,
-// |f| <= 1/2, it is 2^n by its bits times a minimax polynomial of degree 6 in f, whose relative
-// error is 2.6e-9 before rounding.
-inline Floats exp2(Floats x) {
+// 2^x for x = d·scale from -127 to 1, but for the rounding of x within 3.3U, U = 2^-24; 0 below
+// -126.5; NaN for NaN. With x = n + f, |f| <= 1/2, it is 2^n by its bits times a minimax polynomial
+// of degree 5 in f, which is 1 at 0. Its relative error is 1.57U, and roundings add the rest
+// (docs/derivation/2-numerics.md).
+inline Floats exp2(Floats d, Floats scale) {
   // Adding 1.5·2^23 rounds to a whole number, which then stands in the low bits; 127 is the bias.
   const Floats shift = broadcast(12582912.0f + 127.0f);
-  const Floats shifted = x + shift;
-  const Floats f = x - (shifted - shift);
-  Floats p = broadcast(0x1.470b4ap-13f);
-  p = fma(p, f, broadcast(0x1.5f7276p-10f));
-  p = fma(p, f, broadcast(0x1.3b270ep-7f));
-  p = fma(p, f, broadcast(0x1.c6ae72p-5f));
-  p = fma(p, f, broadcast(0x1.ebfbe2p-3f));
-  p = fma(p, f, broadcast(0x1.62e432p-1f));
+  const Floats shifted = fma(d, scale, shift);
+  const Floats f = fma(d, scale, shift - shifted);
+  Floats p = broadcast(0x1.5bda58p-10f);
+  p = fma(p, f, broadcast(0x1.3ce8aep-7f));
+  p = fma(p, f, broadcast(0x1.c6b6d8p-5f));
+  p = fma(p, f, broadcast(0x1.ebf9c2p-3f));
+  p = fma(p, f, broadcast(0x1.62e42ap-1f));
   p = fma(p, f, broadcast(1.0f));
   return p * bits_of<Floats>(bits_of<Words>(shifted) << 23);
 }
@@ -112,34 +137,62 @@ constexpr int kStep = 2 * kLanes;
 
 struct Float32 {
   float value;
+
+  static Floats ties_to_even(Floats x) { return x; }
 };
 
+// Vector by vector: of both at once GCC makes moves of 16 bytes through the stack, which a load of
+// a vector then has to wait for.
 inline Pair load(const Float32* from) {
   Pair x;
-  std::memcpy(&x, from, sizeof(x));
+  std::memcpy(&x.first, from, sizeof(x.first));
+  std::memcpy(&x.second, from + kLanes, sizeof(x.second));
   return x;
 }
 
-inline void store(Float32* to, Pair x) { std::memcpy(to, &x, sizeof(x)); }
+inline void store(Float32* to, Pair x) {
+  std::memcpy(to, &x.first, sizeof(x.first));
+  std::memcpy(to + kLanes, &x.second, sizeof(x.second));
+}
 
-// `widen` and `narrow` take and give 16 bits in the low half of each word.
+// The low half of each word of `even`, the high half of each of `odd`.
+inline Words halves_of(Words even, Words odd) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return bits_of<Words>(_mm256_blend_epi16(bits_of<__m256i>(even), bits_of<__m256i>(odd), 0xaa));
+#else
+  return (even & 0xffff) | (odd & 0xffff0000);
+#endif
+}
+
+// `widen` takes the halves of words apart, `narrow` puts them together.
 struct BFloat16 {
   std::uint16_t bits;
 
-  static Floats widen(Words half) { return bits_of<Floats>(half << 16); }
+  static Pair widen(Words halves) {
+    return {bits_of<Floats>(halves << 16), bits_of<Floats>(halves & 0xffff0000)};
+  }
 
-  static Words narrow(Floats x) {
+  // To nearest, ties away from 0. A NaN stays one unless all its bits are set (see plain_nan).
+  static Words narrow(Pair x) {
+    const Words even = bits_of<Words>(x.first) + 0x8000, odd = bits_of<Words>(x.second) + 0x8000;
+    return halves_of(even >> 16, odd);
+  }
+
+  // What `narrow` rounds as it would round x with ties to even.
+  static Floats ties_to_even(Floats x) {
     const Words bits = bits_of<Words>(x);
-    // To nearest, ties to even; a NaN must not round to an infinity.
-    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return (x == x ? rounded : Words{} + 0x7fc00000) >> 16;
+    return bits_of<Floats>(bits - 1 + ((bits >> 16) & 1));
   }
 };
 
 struct Float16 {
   std::uint16_t bits;
 
-  static Floats widen(Words half) {
+  static Pair widen(Words halves) { return {single(halves & 0xffff), single(halves >> 16)}; }
+
+  static Words narrow(Pair x) { return half(x.first) | (half(x.second) << 16); }
+
+  static Floats single(Words half) {
     const Words magnitude = (half & 0x7fff) << 13;
     // The product moves the exponent from one bias to the other, subnormal numbers too.
     const Words finite = bits_of<Words>(bits_of<Floats>(magnitude) * broadcast(0x1p112f));
@@ -147,7 +200,7 @@ struct Float16 {
     return bits_of<Floats>(value | ((half & 0x8000) << 16));
   }
 
-  static Words narrow(Floats x) {
+  static Words half(Floats x) {
     const Words bits = bits_of<Words>(x);
     const Words magnitude = bits & 0x7fffffff;
     // From 2^-14 up: the bias moves, and 13 bits round away, to nearest, ties to even.
@@ -160,18 +213,20 @@ struct Float16 {
     value = magnitude >= (143u << 23) ? special : value;
     return value | ((bits >> 16) & 0x8000);
   }
+
+  static Floats ties_to_even(Floats x) { return x; }
 };
 
 template <typename Half>
 inline Pair load(const Half* from) {
   Words halves;
   std::memcpy(&halves, from, sizeof(halves));
-  return {Half::widen(halves & 0xffff), Half::widen(halves >> 16)};
+  return Half::widen(halves);
 }
 
 template <typename Half>
 inline void store(Half* to, Pair x) {
-  const Words halves = Half::narrow(x.first) | (Half::narrow(x.second) << 16);
+  const Words halves = Half::narrow(x);
   std::memcpy(to, &halves, sizeof(halves));
 }
 
@@ -183,6 +238,20 @@ inline Pair load_part(const T* from, std::int64_t count) {
   store(part, {nothing, nothing});
   std::memcpy(part, from, count * sizeof(T));
   return load(part);
+}
+
+inline float load_one(const Float32* from) { return from->value; }
+
+template <typename Half>
+inline float load_one(const Half* from) {
+  return Half::widen(Words{} + from->bits).first[0];
+}
+
+inline void store_one(Float32* to, float value) { to->value = value; }
+
+template <typename Half>
+inline void store_one(Half* to, float value) {
+  to->bits = Half::narrow({broadcast(value), Floats{}})[0];
 }
 
 template <typename T>

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_rows_of_several_blocks(instruction_set, dtype, vocabulary):
 
 
 def test_the_exponential_is_within_its_stated_error(instruction_set):
-    """1.5 ulp, at every 97th float from -126 to 1; exactly 1 at 0; 0 below -126.5; NaN for NaN."""
+    """3.3U, at every 97th float from -126 to 1; exactly 1 at 0; 0 below -126.5; NaN for NaN."""
     tiny, lowest, one = (torch.tensor(x).view(torch.int32).item() for x in (2.0**-40, 126.0, 1.0))
     sign = torch.tensor(-(2**31), dtype=torch.int32)
     below = torch.arange(tiny, lowest, 97, dtype=torch.int32) | sign
@@ -53,8 +54,7 @@ def test_the_exponential_is_within_its_stated_error(instruction_set):
     exp2 = cpp.INSTRUCTION_SETS[instruction_set].exp2
     exp2(x.data_ptr(), y.data_ptr(), x.numel())
     truth = torch.exp2(x.double())
-    ulp = torch.exp2(truth.log2().floor()) * 2 * U
-    assert ((y.double() - truth).abs() / ulp).max() <= 1.5
+    assert ((y.double() - truth).abs() / truth).max() <= 3.3 * U
     special = torch.tensor([0.0, -0.0, -127.0, -126.6, torch.nan])
     y = torch.empty_like(special)
     exp2(special.data_ptr(), y.data_ptr(), 5)
@@ -137,6 +137,18 @@ def test_equal_logits_below_one_are_within_the_budget(instruction_set, columns):
     check_case(logits, labels, keywords, "cpp")
 
 
+@pytest.mark.parametrize("temperature", [1e36, 1e38])
+def test_minus_infinity_has_no_share_at_any_temperature(instruction_set, temperature):
+    """Past 3.8e36 no finite distance is 0 to the exponential."""
+    logits = torch.randn(1, 1, 100).index_fill(2, torch.arange(30), -torch.inf).requires_grad_()
+    label = torch.tensor([[50]])
+    logps = token_logps(logits, label, temperature=temperature, backend="cpp")
+    (logps * temperature).sum().backward()
+    torch.testing.assert_close(logps.exp(), torch.full((1, 1), 1 / 70))
+    assert not logits.grad[..., :30].any()
+    torch.testing.assert_close(logits.grad[..., 51:], torch.full((1, 1, 49), -1 / 70))
+
+
 def test_the_callers_floating_point_state_survives():
     logits = torch.randn(1, 3, 50, requires_grad=True)
     r2vpo_loss(logits, torch.zeros(1, 3).long(), None, torch.ones(1), backend="cpp").loss.backward()
@@ -150,6 +162,45 @@ def test_the_installation_says_what_it_found():
     assert run.returncode == 0, run.stderr
     assert f"torch {torch.__version__}" in run.stdout
     assert "cpp     available" in run.stdout and "auto: cpp" in run.stdout
+
+
+def innermost_loops(path: str) -> list[list[str]]:
+    """The instructions of each, as objdump prints them."""
+    command = ["objdump", "-d", "--no-show-raw-insn", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    loops = []
+    for function in text.split("\n\n"):
+        instructions = re.findall(r"^ *([0-9a-f]+):\t(.+)$", function, re.MULTILINE)
+        place = {address: i for i, (address, _) in enumerate(instructions)}
+        last = -1
+        for i, (_, instruction) in enumerate(instructions):
+            jump = re.match(r"j\w+ +([0-9a-f]+)", instruction)
+            begin = place.get(jump[1], i) if jump else i
+            # The loop around one that has just ended begins before it.
+            if last < begin < i:
+                loops.append([instruction for _, instruction in instructions[begin : i + 1]])
+            if begin < i:
+                last = i
+    return loops
+
+
+@pytest.mark.skipif(
+    "avx2" not in cpp.INSTRUCTION_SETS or not shutil.which("objdump"),
+    reason="needs objdump, and code for AVX2",
+)
+def test_no_loop_copies_vectors_by_parts():
+    """A wide load of what two narrow stores wrote waits for the first-level cache.
+
+    GCC copies structs larger than a vector so, through the stack: float32 took four times as long.
+    """
+    loops = [loop for loop in innermost_loops(cpp._cpp.__file__) if "mm" in "".join(loop)]
+    # Either way between 16 bytes of memory and a register.
+    by_parts = re.compile(r"vmov(dq|up|ap)(?=.*%xmm).*\(%r")
+    for register in ("%ymm", "%zmm"):
+        wide = [loop for loop in loops if register in "".join(loop)]
+        assert len(wide) > 20, "no loops were found"
+        for loop in wide:
+            assert not any(map(by_parts.search, loop)), "\n".join(loop)
 
 
 def build(folder: Path, root: Path = ROOT, **environment: str) -> dict[str, str]:
