@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <vector>
 
 #include "cpu.h"
 #include "vector.h"
@@ -24,6 +25,9 @@ constexpr std::int64_t kAhead = 8192;
 // Bytes that a thread takes at a time, in whole rows: enough to be worth asking for, and where there
 // is enough for everyone several huge pages, which two threads that touch one first would both clear.
 constexpr std::int64_t kLeast = std::int64_t{1} << 16, kMost = std::int64_t{1} << 22;
+// Rows, of so many bytes together at most, that are all looked at once before the first of them is
+// looked at again: of a short row alone the second look would wait for a chain of logarithms.
+constexpr std::int64_t kTogether = 8, kShort = std::int64_t{1} << 13;
 
 // body(column, x) for each two vectors of columns from `begin` to `end`.
 template <typename T, typename Body>
@@ -97,6 +101,18 @@ struct Exponentials {
   std::unique_ptr<Pair[]> pairs;
   std::unique_ptr<float[]> tops;
   double total;  // of the whole row, about the last of them
+};
+
+// Row r, between its two looks.
+template <typename T>
+struct Row {
+  explicit Row(std::int64_t kept_columns) : kept(kept_columns) {}
+
+  std::int64_t r;
+  const T* logits;
+  T* dlogits;
+  Look look;
+  Exponentials kept;
 };
 
 // Eq. 1, 3 and 14 in one read from memory. A block of columns is summed about the largest logit so
@@ -193,8 +209,10 @@ void second_look(const Exponentials& kept, T* grad_row, std::int64_t vocabulary,
   set_label(grad_row, vocabulary, label, look, dlogp, 0.0f);
 }
 
-template <typename T, typename Body>
-void for_each_row(const CpuTarget& target, const Rows& rows, std::int64_t kept_columns, Body body) {
+// first(row) for each, then second(row).
+template <typename T, typename First, typename Second>
+void for_each_row(const CpuTarget& target, const Rows& rows, std::int64_t kept_columns, First first,
+                  Second second) {
   const T* logits = static_cast<const T*>(rows.logits);
   T* dlogits = static_cast<T*>(rows.dlogits);
   const std::int64_t count = rows.batch * rows.length;
@@ -202,23 +220,35 @@ void for_each_row(const CpuTarget& target, const Rows& rows, std::int64_t kept_c
   const int threads = static_cast<int>(std::min<std::int64_t>(target.threads, count));
   const std::int64_t bytes = rows.vocabulary * sizeof(T), even = count / (4 * threads);
   const std::int64_t share = std::max(kLeast / bytes, std::min(kMost / bytes, even)) + 1;
+  const std::int64_t together = std::max(std::min(kTogether, kShort / bytes), std::int64_t{1});
   // Which thread takes a row changes nothing in it.
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] FlushToZero flush;
-    Exponentials kept(kept_columns);
+    std::vector<Row<T>> some;
+    for (std::int64_t k = 0; k < together; ++k) some.emplace_back(kept_columns);
 #pragma omp for schedule(dynamic)
-    for (std::int64_t first = 0; first < count; first += share) {
-      std::int64_t b = first / rows.length, t = first % rows.length;
-      const std::int64_t last = std::min(first + share, count);
-      for (std::int64_t r = first; r < last; ++r) {
-        const T* row = logits + b * rows.stride_batch + t * rows.stride_token;
-        T* grad_row = dlogits + b * rows.grad_stride_batch + t * rows.grad_stride_token;
-        body(r, row, grad_row, kept);
-        if (++t == rows.length) ++b, t = 0;
+    for (std::int64_t begin = 0; begin < count; begin += share) {
+      std::int64_t b = begin / rows.length, t = begin % rows.length;
+      const std::int64_t end = std::min(begin + share, count);
+      for (std::int64_t r = begin; r < end; r += together) {
+        const std::int64_t here = std::min(together, end - r);
+        for (std::int64_t k = 0; k < here; ++k) {
+          some[k].r = r + k;
+          some[k].logits = logits + b * rows.stride_batch + t * rows.stride_token;
+          some[k].dlogits = dlogits + b * rows.grad_stride_batch + t * rows.grad_stride_token;
+          first(some[k]);
+          if (++t == rows.length) ++b, t = 0;
+        }
+        for (std::int64_t k = 0; k < here; ++k) second(some[k]);
       }
     }
   }
+}
+
+template <typename T, typename Body>
+void for_each_row(const CpuTarget& target, const Rows& rows, Body body) {
+  for_each_row<T>(target, rows, 0, body, [](const Row<T>&) {});
 }
 
 template <typename T>
@@ -228,12 +258,12 @@ void zero(T* row, std::int64_t vocabulary) {
 
 template <bool kEntropy, typename T>
 void logps_forward_of(const CpuTarget& target, const Rows& rows, const LogpsForward& a) {
-  for_each_row<T>(target, rows, 0, [&](std::int64_t r, const T* row, T*, Exponentials& kept) {
-    const std::int64_t i = a.token(r), label = a.tokens.label(i);
+  for_each_row<T>(target, rows, [&](Row<T>& row) {
+    const std::int64_t i = a.token(row.r), label = a.tokens.label(i);
     Look look = {};
     if (label >= 0) {
       const Base2 base(a.tokens.temperature(i));
-      look = first_look<kEntropy, false>(row, rows.vocabulary, label, base, kept);
+      look = first_look<kEntropy, false>(row.logits, rows.vocabulary, label, base, row.kept);
     }
     a.logps[i] = look.logp;
     a.top[i] = look.top;
@@ -245,13 +275,14 @@ void logps_forward_of(const CpuTarget& target, const Rows& rows, const LogpsForw
 template <bool kEntropy, typename T>
 void logps_backward_of(const CpuTarget& target, const Rows& rows, const LogpsBackward& a) {
   const float upstream = a.upstream ? *a.upstream : 1.0f;
-  for_each_row<T>(target, rows, 0, [&](std::int64_t r, const T* row, T* grad_row, Exponentials&) {
-    const std::int64_t i = a.token(r), label = a.tokens.label(i);
-    if (label < 0) return zero(grad_row, rows.vocabulary);
+  for_each_row<T>(target, rows, [&](const Row<T>& row) {
+    const std::int64_t i = a.token(row.r), label = a.tokens.label(i);
+    if (label < 0) return zero(row.dlogits, rows.vocabulary);
     const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
     const float temperature = a.tokens.temperature(i);
-    second_look<kEntropy>(row, grad_row, rows.vocabulary, label, Base2(temperature), temperature,
-                          look, std::exp2(double(look.log_total)), a.grad_logps[i] * upstream,
+    second_look<kEntropy>(row.logits, row.dlogits, rows.vocabulary, label, Base2(temperature),
+                          temperature, look, std::exp2(double(look.log_total)),
+                          a.grad_logps[i] * upstream,
                           kEntropy ? a.grad_entropy[i] * upstream : 0.0f);
   });
 }
@@ -260,37 +291,41 @@ template <bool kEntropy, typename T>
 void one_pass_of(const CpuTarget& target, const Rows& rows, const OnePass& a) {
   const Objective objective = a.tokens.objective();
   const float denominator = a.tokens.denominator();
-  const std::int64_t kept_columns = kEntropy ? 0 : rows.vocabulary;
-  for_each_row<T>(target, rows, kept_columns, [&](std::int64_t r, const T* row, T* grad_row,
-                                                  Exponentials& kept) {
-    const std::int64_t i = a.token(r), label = a.tokens.label(i);
-    Look look = {};
-    if (label < 0) {
-      zero(grad_row, rows.vocabulary);
-    } else {
-      const Token token = a.tokens.token(i, denominator);
-      const float temperature = a.tokens.temperature(i);
-      const Base2 base(temperature);
-      look = first_look<kEntropy, !kEntropy>(row, rows.vocabulary, label, base, kept);
-      const float dlogp = loss_slope(objective, token, look.logp);
-      if (kEntropy) {
-        second_look<true>(row, grad_row, rows.vocabulary, label, base, temperature, look,
-                          kept.total, dlogp, entropy_slope(objective, token.weight));
-      } else {
-        second_look(kept, grad_row, rows.vocabulary, label, base, temperature, look, dlogp);
-      }
+  const auto first = [&](Row<T>& row) {
+    const std::int64_t i = a.token(row.r), label = a.tokens.label(i);
+    row.look = {};
+    if (label >= 0) {
+      const Base2 base(a.tokens.temperature(i));
+      row.look =
+          first_look<kEntropy, !kEntropy>(row.logits, rows.vocabulary, label, base, row.kept);
     }
-    a.logps[i] = look.logp;
-    if (kEntropy) a.entropy[i] = look.entropy;
-  });
+    a.logps[i] = row.look.logp;
+    if (kEntropy) a.entropy[i] = row.look.entropy;
+  };
+  const auto second = [&](const Row<T>& row) {
+    const std::int64_t i = a.token(row.r), label = a.tokens.label(i);
+    if (label < 0) return zero(row.dlogits, rows.vocabulary);
+    const Token token = a.tokens.token(i, denominator);
+    const float temperature = a.tokens.temperature(i);
+    const Base2 base(temperature);
+    const float dlogp = loss_slope(objective, token, row.look.logp);
+    if (kEntropy) {
+      second_look<true>(row.logits, row.dlogits, rows.vocabulary, label, base, temperature,
+                        row.look, row.kept.total, dlogp, entropy_slope(objective, token.weight));
+    } else {
+      second_look(row.kept, row.dlogits, rows.vocabulary, label, base, temperature, row.look,
+                  dlogp);
+    }
+  };
+  for_each_row<T>(target, rows, kEntropy ? 0 : rows.vocabulary, first, second);
 }
 
 template <typename T>
 void scale_of(const CpuTarget& target, const Rows& rows, const Scale& a) {
   const float factor = plain_nan(*a.upstream);
   if (factor == 1.0f) return;
-  for_each_row<T>(target, rows, 0, [&](std::int64_t, const T* row, T* grad_row, Exponentials&) {
-    transform(row, grad_row, rows.vocabulary,
+  for_each_row<T>(target, rows, [&](const Row<T>& row) {
+    transform(row.logits, row.dlogits, rows.vocabulary,
               [&](Floats dz) { return T::ties_to_even(dz * factor); });
   });
 }
