@@ -86,9 +86,14 @@ def _readable(name: str, value: Tensor, device: torch.device) -> Tensor:
     return value.to(torch.float32 if value.is_floating_point() else torch.int64)
 
 
+def _readable_or_none(name: str, value: object, device: torch.device) -> Tensor | None:
+    """None for what is no tensor."""
+    return _readable(name, value, device) if isinstance(value, Tensor) else None
+
+
 def column(name: str, value: object, shape: torch.Size, device: torch.device) -> Column:
     """A value per token, of `shape`, or per sequence, or a 0-dim tensor; a number is NOTHING."""
-    if not isinstance(value, Tensor):
+    if value is None or not isinstance(value, Tensor):
         return NOTHING
     value = _readable(name, value, device)
     if value.dim() == 0:
@@ -166,15 +171,7 @@ class Prepare:
     ) -> Prepare:
         """From what was asked; the vocabulary, a shard and outputs are the caller's to set."""
         shape, tokens = batch.shape, batch.tokens
-        cu_seqlens, group_ids, normalizer, center = (
-            _readable(name, x, device) if isinstance(x, Tensor) else None
-            for name, x in (
-                ("cu_seqlens", batch.cu_seqlens),
-                ("group_ids", batch.group_ids),
-                ("normalizer", batch.normalizer),
-                ("center", objective.center),
-            )
-        )
+        cu_seqlens = _readable_or_none("cu_seqlens", batch.cu_seqlens, device)
         mask = batch.mask
         if mask is not None and mask.dtype not in _READ:
             mask = mask != 0
@@ -205,9 +202,9 @@ class Prepare:
             column("temperature", objective.temperature, shape, device),
             column("ref_logps", objective.ref_logps, shape, device),
             cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
-            group_ids=group_ids,
-            center=center,
-            normalizer=normalizer,
+            group_ids=_readable_or_none("group_ids", batch.group_ids, device),
+            center=_readable_or_none("center", objective.center, device),
+            normalizer=_readable_or_none("normalizer", batch.normalizer, device),
             unit_length=unit_length,
             units_per_group=batch.group_size,
             ignore_index=batch.ignore_index,

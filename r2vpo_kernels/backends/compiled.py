@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,6 @@ class Launchers:
         """Who computes on tensors that lie where x does: the module's target."""
         raise NotImplementedError
 
-    def device(self, x: Tensor) -> AbstractContextManager[Any]:
-        """The context of a launch."""
-        return nullcontext()
-
     def scratch(self, t: Tokens) -> Tensor | None:
         """Memory for the partial sums of `means` and `finish`, if they need any from here."""
         return None
@@ -98,8 +93,7 @@ class Launchers:
         )  # fmt: skip
 
     def _launch(self, name: str, x: Tensor, *arguments: float) -> None:
-        with self.device(x):
-            getattr(self.kernels(), name)((*self.launch_target(x), *arguments))
+        getattr(self.kernels(), name)((*self.launch_target(x), *arguments))
 
     # Rows. Row r belongs to token index[r], or to first + r without an index.
 

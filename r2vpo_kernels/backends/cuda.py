@@ -5,7 +5,6 @@ None has run on hardware yet.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -47,8 +46,9 @@ class _Launchers(compiled.Launchers):
         device = x.get_device()
         return device, torch.cuda.current_stream(device).cuda_stream
 
-    def device(self, x: Tensor) -> AbstractContextManager[Any]:
-        return torch.cuda.device_of(x)
+    def _launch(self, name: str, x: Tensor, *arguments: float) -> None:
+        with torch.cuda.device_of(x):
+            super()._launch(name, x, *arguments)
 
     def scratch(self, t: Tokens) -> Tensor:
         size = MOMENTS * t.units + TOTALS * MOST_BLOCKS

@@ -316,7 +316,7 @@ class _LinearOnePass(torch.autograd.Function):
         return tuple(gradients)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LinearLogits:
     """The logits of hidden states (N, H) by a head (V, H), which do not exist as a whole."""
 

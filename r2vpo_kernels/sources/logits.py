@@ -119,7 +119,7 @@ class _General(torch.autograd.Function):
         return (_logps_backward(ctx, logits, *saved, *gradients, ctx.with_entropy, ctx.backend),)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Logits:
     """Logits (B, T, V) that are there as a whole, or this rank's shard of them."""
 

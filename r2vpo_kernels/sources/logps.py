@@ -53,7 +53,7 @@ class _FromLogps(torch.autograd.Function):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LogProbs:
     """Log-probs (B, T) or (N,) of any float dtype, and entropies or None."""
 
