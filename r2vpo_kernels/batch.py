@@ -16,6 +16,7 @@ from .checks import (
     Reduction,
     check_choice,
     check_count,
+    check_dense,
     check_device,
     check_integer,
     check_number,
@@ -73,6 +74,7 @@ class Batch:
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.shape != shape:
                 raise invalid("mask", mask, f"a tensor of shape {tuple(shape)}")
+            check_dense("mask", mask)
             check_device("mask", mask, device)
         if labels is not None:
             check_integer("labels", labels)
@@ -141,6 +143,7 @@ class Batch:
                 raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
             return check_number(name, value, minimum)
         check_device(name, value, device)
+        check_dense(name, value)
         if value.is_complex():
             raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
         if value.shape == self.shape or (number and value.dim() == 0):

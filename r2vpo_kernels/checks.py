@@ -59,7 +59,8 @@ def check_number(name: str, value: Any, low: float = -torch.inf, high: float = t
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not (low <= number <= high and abs(number) <= FLOAT32_MAX):
         raise invalid(name, value, f"a finite number from {low} to {high}")
-    return number if isinstance(number, (int, float)) else float(number)
+    symbolic = isinstance(number, (torch.SymInt, torch.SymFloat))
+    return number if symbolic or isinstance(number, (int, float)) else float(number)
 
 
 def check_positive(name: str, value: Any) -> float:
@@ -89,9 +90,18 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
         raise invalid(name, f"a tensor on {value.device}", f"one on {device}, with the rest")
 
 
+def check_dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        expected = "a dense one"
+        if value.layout == torch.jagged:
+            expected += ": of a jagged batch pass values(), and offsets() as cu_seqlens"
+        raise invalid(name, f"a tensor of layout {value.layout}", expected)
+
+
 def check_integer(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor of integers")
+    check_dense(name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected integers")
 
@@ -100,9 +110,7 @@ def check_float(name: str, value: Any) -> None:
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         got = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: got {got}, expected a tensor of floats")
-    if value.layout != torch.strided:
-        expected = "a dense one: of a jagged tensor pass values(), and offsets() as cu_seqlens"
-        raise invalid(name, f"a tensor of layout {value.layout}", expected)
+    check_dense(name, value)
 
 
 def check_labels(labels: Any, shape: torch.Size, whose: str) -> None:

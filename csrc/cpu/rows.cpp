@@ -369,7 +369,7 @@ void scale(const CpuTarget& target, const Rows& rows, const Scale& a) {
 
 void exp2_of(const float* in, float* out, std::int64_t count) {
   const Float32* from = reinterpret_cast<const Float32*>(in);
-  transform(from, reinterpret_cast<Float32*>(out), count, 
+  transform(from, reinterpret_cast<Float32*>(out), count,
             [](Floats x) { return exp2(x, broadcast(1.0f)); });
 }
 

@@ -33,20 +33,21 @@ def graph_is_kept() -> bool:
 def first_derivative(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """A Function's backward that finds the gradients of its first inputs; the others have none.
 
-    Nor has any where the first output was not used.
+    Nor has any where no upstream gradient is defined.
     """
 
     @functools.wraps(backward)
-    def checked(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+    def checked(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         found: tuple[Any, ...] = ()
-        if upstream is not None:
+        given = [x for x in upstream if x is not None]
+        if given:
             refuse_double_backward()
-            if not torch.compiler.is_compiling() and not torch._C._has_storage(upstream):
+            if not torch.compiler.is_compiling() and not all(map(torch._C._has_storage, given)):
                 raise RuntimeError(
                     "r2vpo_kernels: the kernels take one upstream gradient at a time; "
                     "is_grads_batched=True and vmap need backend='eager'"
                 )
-            found = backward(ctx, upstream, *others)
+            found = backward(ctx, *upstream)
         return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
     return checked
@@ -98,6 +99,11 @@ def row_gradients(slopes: Tensor, upstream: Tensor | None) -> tuple[Tensor | Non
     """(grad_logps, grad_entropy, upstream) as ops.BACKWARD has them."""
     dlogps, *others = slopes.unbind()
     return dlogps, others[0] if others else dlogps[:0], upstream
+
+
+def dense(upstream: Tensor | None, like: Tensor) -> Tensor:
+    """An upstream gradient, which may be expanded, strided or undefined."""
+    return torch.zeros_like(like) if upstream is None else upstream.contiguous()
 
 
 def unshared(saved: list[Tensor], wanted: bool) -> tuple[Tensor, Tensor]:

@@ -49,21 +49,24 @@ def local_arguments(
     """
     given = dict(zip(names, arguments, strict=False)) | keywords
     source, like, group = names[0], given.get(names[0]), given.get("tp_group")
-    if is_dtensor(like):
-        group = _vocabulary_group(source, like, group)
 
     def local(name: str, x: Any) -> Any:
-        if name in _HEAD or not is_dtensor(x):
+        if name in _HEAD:
+            _check_head(name, x, like)
+            return x
+        if not is_dtensor(x):
             return x
         if name != source:
             _check_placements(name, x, source, like)
         return x.to_local(grad_placements=x.placements)
 
     try:
+        if is_dtensor(like):
+            group = _vocabulary_group(source, like, group)
         arguments_here = [local(name, x) for name, x in zip(names, arguments, strict=False)]
         keywords_here = {name: local(name, x) for name, x in keywords.items()}
     except ValueError as error:
-        if group is not None:
+        if isinstance(group, dist.ProcessGroup):
 
             def ask(error: ValueError = error) -> NoReturn:
                 raise error
@@ -123,6 +126,14 @@ def _ranks_along(dim: int, mesh: Any) -> list[int]:
     here[dim] = slice(None)
     ranks: list[int] = mesh.mesh[tuple(here)].tolist()
     return ranks
+
+
+def _check_head(name: str, x: Any, hidden: Any) -> None:
+    """What `gathered` does with its gradient is wrong where ranks have tokens of their own."""
+    head = x.weight if isinstance(x, torch.nn.Module) else x
+    if is_dtensor(head) and is_dtensor(hidden) and any(p.is_shard() for p in hidden.placements):
+        expected = "a plain tensor (full_tensor()) where hidden is a DTensor of sharded tokens"
+        raise invalid(name, "a DTensor", f"{expected}, or hidden.to_local()")
 
 
 def _check_placements(name: str, x: Any, source: str, like: Any) -> None:

@@ -16,6 +16,7 @@ from ..backends.calls import Tokens
 from ..batch import Batch
 from ..checks import (
     Backend,
+    check_count,
     check_device,
     check_float,
     check_labels,
@@ -26,6 +27,7 @@ from ..checks import (
 from ..objective import Objective
 from .autograd import (
     Result,
+    dense,
     first_derivative,
     like_labels,
     reference_loss,
@@ -246,12 +248,14 @@ class _LinearTokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, head, bias, options, shard, *asked):
         workspace, *saved = _forward(hidden, head, bias, options, shard, asked)
         _save(ctx, (hidden, head, bias), (workspace, *saved), options, shard, asked)
+        ctx.set_materialize_grads(False)
         return unshared(saved, any(ctx.needs_input_grad))
 
     @staticmethod
     @first_derivative
     def backward(ctx, grad_logps, grad_entropy):
-        upstream = grad_logps.contiguous(), grad_entropy.contiguous(), None
+        *_, logps, _, _, entropy = ctx.saved_tensors
+        upstream = dense(grad_logps, logps), dense(grad_entropy, entropy), None
         return _backward(ctx, ctx.saved_tensors, *upstream)
 
 
@@ -365,11 +369,10 @@ class LinearLogits:
                 raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
         dtype = _common_dtype(hidden, weight, bias)
         if softcap is not None:
-            check_positive("softcap", softcap)
-        check_number("logit_scale", logit_scale)
-        whole = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool)
-        if chunk_tokens is not None and not (whole and chunk_tokens >= 1):
-            raise invalid("chunk_tokens", chunk_tokens, "a whole number of at least 1, or None")
+            softcap = check_positive("softcap", softcap)
+        logit_scale = check_number("logit_scale", logit_scale)
+        if chunk_tokens is not None:
+            chunk_tokens = check_count("chunk_tokens", chunk_tokens)
         if not isinstance(compact, bool):
             raise TypeError(f"compact: got {type(compact).__name__}, expected True or False")
         return LinearLogits(

@@ -14,6 +14,7 @@ from ..checks import Backend, check_float, check_labels, invalid
 from ..objective import Objective
 from .autograd import (
     Result,
+    dense,
     first_derivative,
     graph_is_kept,
     like_labels,
@@ -78,14 +79,15 @@ class _TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(logits, workspace, *saved)
         call = ops.Call.of(asked)
         ctx.inplace, ctx.options = inplace, (call.with_entropy, call.backend)
+        ctx.set_materialize_grads(False)
         return unshared(saved, ctx.needs_input_grad[0])
 
     @staticmethod
     @first_derivative
     def backward(ctx, grad_logps, grad_entropy):
         logits, *saved = ctx.saved_tensors
-        # An upstream gradient may be expanded or strided.
-        upstream = grad_logps.contiguous(), grad_entropy.contiguous(), None
+        _, logps, *_, entropy = saved
+        upstream = dense(grad_logps, logps), dense(grad_entropy, entropy), None
         return (_logps_backward(ctx, logits, *saved, *upstream, *ctx.options),)
 
 

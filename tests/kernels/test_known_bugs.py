@@ -487,7 +487,8 @@ def test_18_without_an_upstream_gradient_there_is_none(backend, device, name):
     leaf, other = logits.requires_grad_(), torch.ones((), device=device, requires_grad=True)
     loss = LOSSES[name](leaf, *rest, backend=backend)
     (Unused.apply(loss).sum() + other).backward()
-    assert leaf.grad is None or not leaf.grad.any()
+    # An op of torch on the way may make zeros of it.
+    assert leaf.grad is None or (backend == "eager" and not leaf.grad.any())
     assert other.grad == 1
 
 

@@ -304,6 +304,8 @@ class Step(torch.nn.Module):
                 hidden, self.head, labels, logps, advantages, compact=self.name == "linear",
                 **shared,
             )  # fmt: skip
+        if self.name != "none":
+            shared["normalizer"] = labels.shape[0] * labels.shape[1]
         return r2vpo_loss(logits, labels, logps, advantages, **shared, **ROUTES[self.name])
 
 

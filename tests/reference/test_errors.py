@@ -10,6 +10,7 @@ from r2vpo_kernels import (
     VarianceConstraint,
     checks,
     fenchel_coef,
+    linear_token_logps,
     ops,
     r2vpo_loss,
     r2vpo_loss_from_logps,
@@ -55,6 +56,11 @@ BAD = {
         {"logits": torch.nested.nested_tensor([torch.randn(n, V) for n in (4, 2)],
                                               layout=torch.jagged)},
         "logits", r"jagged.*values\(\).*cu_seqlens",
+    ),
+    "a sparse mask": ({"mask": torch.ones(B, T).to_sparse()}, "mask", "sparse_coo.*dense"),
+    "sparse labels": ({"labels": label(0).to_sparse()}, "labels", "sparse_coo.*dense"),
+    "sparse weights": (
+        {"importance_weights": torch.ones(B).to_sparse()}, "importance_weights", "sparse_coo.*dense"
     ),
     "sparse logits": ({"logits": torch.randn(B, T, V).to_sparse()}, "logits", "sparse_coo"),
     "logits of one dimension": ({"logits": torch.randn(V)}, "logits", r"\(10,\).*\(B, T, V\)"),
@@ -301,7 +307,11 @@ def test_whatever_is_a_number_is_one(whole, half):
         groups = fenchel_coef(
             arguments["advantages"], half, center="group", group_ids=ids, num_groups=whole
         )
-        return out.loss, constraint.coef, groups
+        hidden, head = arguments["logits"], torch.ones(V, V)
+        logps = linear_token_logps(
+            hidden, head, arguments["labels"], softcap=half, logit_scale=half, chunk_tokens=whole
+        )
+        return out.loss, constraint.coef, groups, logps
 
     for ours, theirs in zip(results(whole, half), results(2, 0.5), strict=True):
         assert torch.equal(ours, theirs)
