@@ -93,7 +93,7 @@ def _readable_or_none(name: str, value: object, device: torch.device) -> Tensor 
 
 def column(name: str, value: object, shape: torch.Size, device: torch.device) -> Column:
     """A value per token, of `shape`, or per sequence, or a 0-dim tensor; a number is NOTHING."""
-    if value is None or not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
         return NOTHING
     value = _readable(name, value, device)
     if value.dim() == 0:
