@@ -54,7 +54,7 @@ def _plain(value: Any) -> Any:
 
 def check_number(name: str, value: Any, low: float = -torch.inf, high: float = torch.inf) -> float:
     """The value, as Python's number."""
-    number = _plain(value)
+    number = value if type(value) is float else _plain(value)
     if not isinstance(number, REAL):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not (low <= number <= high and abs(number) <= FLOAT32_MAX):

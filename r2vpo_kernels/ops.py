@@ -107,7 +107,9 @@ def check_memory(name: str, value: Tensor) -> None:
     """Memory may have been given back under a tensor that lives on."""
     if value.numel() == 0:
         return
-    last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    last = value.numel() - 1
+    if not value.is_contiguous():
+        last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
     reached = (value.storage_offset() + last + 1) * value.element_size()
     if value.untyped_storage().nbytes() < reached:
         held = f"{value.untyped_storage().nbytes()} bytes of storage"
@@ -360,8 +362,8 @@ def prepare(kernels: Any, call: Call, arguments: Prepare) -> Tokens:
     kernels.prepare(arguments)
     tokens = arguments.tokens
     if may_synchronise(tokens.workspace):
-        faults = tokens.workspace[FAULTS : FAULTS + tokens.parts].view(torch.int32)
-        if any(faults.tolist()):
+        faults = tokens.workspace[FAULTS : FAULTS + tokens.parts].tolist()
+        if any(faults):
             _raise_for_a_bad_value(call, tokens.workspace, arguments.vocabulary)
     return tokens
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "huge_pages.h"
 #include "vector.h"
 
 namespace r2vpo {
@@ -330,6 +331,15 @@ void scale_of(const CpuTarget& target, const Rows& rows, const Scale& a) {
   });
 }
 
+// Before the gradient is written, into memory that may be untouched.
+void expect_huge_pages(const Rows& rows) {
+  if (rows.dlogits == rows.logits) return;
+  const std::int64_t elements = (rows.batch - 1) * rows.grad_stride_batch +
+                                (rows.length - 1) * rows.grad_stride_token + rows.vocabulary;
+  advise_huge_pages(reinterpret_cast<std::uintptr_t>(rows.dlogits),
+                    elements * (rows.dtype == Dtype::float32 ? 4 : 2));
+}
+
 // body(T{}) for the type of the logits.
 template <typename Body>
 void with_type(Dtype dtype, Body body) {
@@ -349,6 +359,7 @@ void logps_forward(const CpuTarget& target, const Rows& rows, const LogpsForward
 }
 
 void logps_backward(const CpuTarget& target, const Rows& rows, const LogpsBackward& a) {
+  expect_huge_pages(rows);
   with_type(rows.dtype, [&](auto z) {
     using T = decltype(z);
     a.entropy ? logps_backward_of<true, T>(target, rows, a)
@@ -357,6 +368,7 @@ void logps_backward(const CpuTarget& target, const Rows& rows, const LogpsBackwa
 }
 
 void one_pass(const CpuTarget& target, const Rows& rows, const OnePass& a) {
+  expect_huge_pages(rows);
   with_type(rows.dtype, [&](auto z) {
     using T = decltype(z);
     a.entropy ? one_pass_of<true, T>(target, rows, a) : one_pass_of<false, T>(target, rows, a);

@@ -117,7 +117,7 @@ void prepare(const CpuTarget& target, const Prepare& p) {
   }
   for (int part = 0; part < t.parts; ++part) {
     t.integers()[kCounts + part] = part == 0 ? static_cast<std::int32_t>(count) : 0;
-    t.integers()[kFaults + part] = part == 0 && bad;
+    t.workspace[kFaults + part] = part == 0 && bad;
   }
 }
 

@@ -5,7 +5,9 @@
 
 namespace r2vpo {
 
-inline void take(Arguments& a, CudaTarget& to) { to = {a, a}; }
+inline void take(Arguments& a, CudaTarget& to) {
+  to = {a, reinterpret_cast<void*>(static_cast<std::uintptr_t>(a))};
+}
 
 }  // namespace r2vpo
 

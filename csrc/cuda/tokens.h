@@ -110,11 +110,12 @@ R2VPO_DEVICE void run(Machine& machine, const Prepare& p) {
   if (first) over_block<Sum>(machine, bad_offsets);
   over_block<Sum>(machine, found);
   std::int32_t* const counts = t.integers() + kCounts;
-  std::int32_t* const faults = t.integers() + kFaults;
+  float* const faults = t.workspace + kFaults;
   if (first) {
     for (int part = machine.blocks() + machine.thread(); part < t.parts;
          part += Machine::kThreads) {
-      counts[part] = faults[part] = 0;
+      counts[part] = 0;
+      faults[part] = 0.0f;
     }
   }
   if (machine.thread() != 0) return;

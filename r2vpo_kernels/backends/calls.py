@@ -13,8 +13,9 @@ from ..checks import invalid
 from ..objective import Objective
 
 # The workspace, a flat float32 tensor; integers lie in it bit by bit. Its numbers, the tickets of
-# `means` and `finish` with the fault of `shard_combine`, the partial counts and the faults of
-# prepare's programs, then for each token ROWS numbers, then for each unit begin, end and group.
+# `means` and `finish` with the fault of `shard_combine`, the partial counts of prepare's programs
+# and whether each met a bad value (0 or 1), then for each token ROWS numbers, then for each unit
+# begin, end and group.
 TICKETS = 8
 SHARD_FAULT = 10
 COUNTS = 16
@@ -76,6 +77,7 @@ def units_in(workspace: Tensor, tokens: int) -> int:
 
 
 def _readable(name: str, value: Tensor, device: torch.device) -> Tensor:
+    """The tensor, where kernels can read it."""
     if value.data_ptr() == 0 and value.numel() > 0:
         raise invalid(name, "a tensor whose memory was given back", "one that holds values")
     if value.device != device:

@@ -1,17 +1,16 @@
-"""What backends of compiled code share: from checked tensors to addresses and sizes (csrc/bind.h).
+"""What backends of compiled code share: a launch takes one tuple of tensors and numbers.
 
-A launch takes one flat tuple of numbers, in the order of the structs in csrc/kernels.h. What an
-address stands for stays alive in the caller's frame.
+csrc/bind.h fills the structs of csrc/kernels.h from it, in their order.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .calls import Column, Prepare, Tokens
@@ -31,69 +30,28 @@ def load(name: str) -> Any:
         raise ImportError(f"{build_report(name)}; {error}") from error
 
 
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+# In the order of the structs Tokens and Prepare in csrc/kernels.h; of Prepare, `numbers` come last.
+_tokens = operator.attrgetter(*Tokens.__slots__)
+_prepare = operator.attrgetter(
+    "advantages", "labels", "mask", "old_logps", "importance_weights", "variance_coef",
+    "temperature", "ref_logps", "logps", "entropy", "cu_seqlens", "group_ids", "center",
+    "normalizer", "unit_length", "units_per_group", "ignore_index", "vocabulary", "first_word",
+    "words", "mean_over_unit", "count_kind", "logps_out", "entropy_out", "activity", "numbers",
+)  # fmt: skip
 
 
 class Launchers:
     """The launchers of a module; they take what those of every backend take."""
 
-    def __init__(self, module: Any) -> None:
-        self.dtypes = {getattr(torch, name): value for name, value in module.DTYPES.items()}
-        self.kl_estimators = {None: 0, **module.KL}
-
     # What a backend says of itself.
 
-    def kernels(self) -> Any:
-        """The module's Kernels."""
-        raise NotImplementedError
-
-    def launch_target(self, x: Tensor) -> tuple[int, ...]:
-        """Who computes on tensors that lie where x does: the module's target."""
+    def _launch(self, name: str, x: Tensor, *arguments: object) -> None:
+        """Call the kernel of this name where x lies."""
         raise NotImplementedError
 
     def scratch(self, t: Tokens) -> Tensor | None:
         """Memory for the partial sums of `means` and `finish`, if they need any from here."""
         return None
-
-    def before_filling(self, dlogits: Tensor) -> None:
-        """Called with memory that may be untouched, and is about to be written."""
-
-    # Structs, flat.
-
-    def _column(self, column: Column) -> tuple[int, int, int, int]:
-        x, stride_unit, stride_token = column
-        if x is None:
-            return 0, 0, 0, 0
-        return x.data_ptr(), self.dtypes[x.dtype], stride_unit, stride_token
-
-    def _vector(self, x: Tensor | None) -> tuple[int, int, int, int]:
-        """A column of one number for each unit, or of one number."""
-        if x is None:
-            return 0, 0, 0, 0
-        return x.data_ptr(), self.dtypes[x.dtype], x.stride(0) if x.dim() else 0, 0
-
-    def _tokens(self, t: Tokens) -> tuple[int, ...]:
-        return (
-            t.workspace.data_ptr(), t.tokens, t.units, t.groups, t.parts, t.on_policy,
-            t.sequence_level, self.kl_estimators[t.kl],
-        )  # fmt: skip
-
-    def _rows(self, logits: Tensor, dlogits: Tensor | None) -> tuple[int, ...]:
-        batch, length, vocabulary = logits.shape
-        stride_batch, stride_token, _ = logits.stride()
-        gradient: tuple[int, ...] = 0, 0, 0
-        if dlogits is not None:
-            if dlogits is not logits:
-                self.before_filling(dlogits)
-            gradient = dlogits.data_ptr(), dlogits.stride(0), dlogits.stride(1)
-        return (
-            self.dtypes[logits.dtype], batch, length, vocabulary, logits.data_ptr(), stride_batch,
-            stride_token, *gradient,
-        )  # fmt: skip
-
-    def _launch(self, name: str, x: Tensor, *arguments: float) -> None:
-        getattr(self.kernels(), name)((*self.launch_target(x), *arguments))
 
     # Rows. Row r belongs to token index[r], or to first + r without an index.
 
@@ -103,8 +61,8 @@ class Launchers:
     ) -> None:  # fmt: skip
         """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward top and log_total."""
         self._launch(
-            "logps_forward", logits, *self._rows(logits, None), *self._tokens(t), address(index),
-            first, logps.data_ptr(), top.data_ptr(), log_total.data_ptr(), address(entropy),
+            "logps_forward", logits, logits, None, *_tokens(t), index, first, logps, top,
+            log_total, entropy,
         )  # fmt: skip
 
     def logps_backward(
@@ -114,9 +72,8 @@ class Launchers:
     ) -> None:  # fmt: skip
         """Write into dlogits the gradient of logps and, with entropy, that of entropy (Eq. 8)."""
         self._launch(
-            "logps_backward", logits, *self._rows(logits, dlogits), *self._tokens(t),
-            address(index), first, logps.data_ptr(), top.data_ptr(), log_total.data_ptr(),
-            address(entropy), grad_logps.data_ptr(), address(grad_entropy), address(upstream),
+            "logps_backward", logits, logits, dlogits, *_tokens(t), index, first, logps, top,
+            log_total, entropy, grad_logps, grad_entropy, upstream,
         )  # fmt: skip
 
     def one_pass(
@@ -124,40 +81,22 @@ class Launchers:
         logps: Tensor, entropy: Tensor | None,
     ) -> None:  # fmt: skip
         """Write Eq. 1 into logps, Eq. 3 into entropy and dL/dlogits (Eq. 7, 8) into dlogits."""
-        self._launch(
-            "one_pass", logits, *self._rows(logits, dlogits), *self._tokens(t), address(index),
-            first, logps.data_ptr(), address(entropy),
-        )  # fmt: skip
+        self._launch("one_pass", logits, logits, dlogits, *_tokens(t), index, first, logps, entropy)
 
     def scale(self, dlogits: Tensor, upstream: Tensor) -> None:
         """Multiply dlogits in place by the 0-dim upstream; 1 reads and writes nothing."""
-        self._launch("scale", dlogits, *self._rows(dlogits, dlogits), upstream.data_ptr())
+        self._launch("scale", dlogits, dlogits, dlogits, upstream)
 
     # Tokens.
 
     def prepare(self, p: Prepare) -> None:
         """Write the workspace: what the other kernels read of the caller's tensors."""
-        column, vector = self._column, self._vector
-        tensor = p.numbers if isinstance(p.numbers, Tensor) else None
-        numbers = (0.0,) * 6 if isinstance(p.numbers, Tensor) else p.numbers
-        self._launch(
-            "prepare", p.tokens.workspace, *self._tokens(p.tokens),
-            *column(p.advantages), *column(p.labels), *column(p.mask), *column(p.old_logps),
-            *column(p.importance_weights), *column(p.variance_coef), *column(p.temperature),
-            *column(p.ref_logps), *column(p.logps), *column(p.entropy),
-            *vector(p.cu_seqlens), *vector(p.group_ids), *vector(p.center), *vector(p.normalizer),
-            p.unit_length, p.units_per_group, p.ignore_index, p.vocabulary, p.first_word, p.words,
-            p.mean_over_unit, p.count_kind, *numbers, address(tensor),
-            address(p.logps_out), address(p.entropy_out), address(p.activity),
-        )  # fmt: skip
+        self._launch("prepare", p.tokens.workspace, *_tokens(p.tokens), *_prepare(p))
 
     def means(self, t: Tokens, logps: Tensor, upstream: Column, means: Tensor) -> None:
         """Write Eq. 9 of each group into means (2, G): μ - 1, and κ."""
         scratch = self.scratch(t)
-        self._launch(
-            "means", t.workspace, *self._tokens(t), logps.data_ptr(), *self._column(upstream),
-            means.data_ptr(), address(scratch),
-        )  # fmt: skip
+        self._launch("means", t.workspace, *_tokens(t), logps, upstream, means, scratch)
 
     def finish(
         self, t: Tokens, logps: Tensor, entropy: Tensor | None, upstream: Column,
@@ -171,10 +110,8 @@ class Launchers:
         """
         scratch = self.scratch(t)
         self._launch(
-            "finish", t.workspace, *self._tokens(t), logps.data_ptr(), address(entropy),
-            *self._column(upstream), address(means), loss.data_ptr(), loss.dim() == 1,
-            stats.data_ptr(), metrics.data_ptr(), address(dlogps), address(dentropy),
-            address(logps_out), address(entropy_out), address(scratch),
+            "finish", t.workspace, *_tokens(t), logps, entropy, upstream, means, loss,
+            loss.dim() == 1, stats, metrics, dlogps, dentropy, logps_out, entropy_out, scratch,
         )  # fmt: skip
 
     def shard_parts(
@@ -183,8 +120,8 @@ class Launchers:
     ) -> None:  # fmt: skip
         """Write into parts (4 or, with entropy, 5, N), float64, what the SUM of Eq. 30 adds."""
         self._launch(
-            "shard_parts", t.workspace, *self._tokens(t), words, logps.data_ptr(), top.data_ptr(),
-            log_total.data_ptr(), address(entropy), whole_top.data_ptr(), parts.data_ptr(),
+            "shard_parts", t.workspace, *_tokens(t), words, logps, top, log_total, entropy,
+            whole_top, parts,
         )  # fmt: skip
 
     def shard_combine(
@@ -193,9 +130,8 @@ class Launchers:
     ) -> None:  # fmt: skip
         """Write what follows from the sum of all ranks' parts (Eq. 30)."""
         self._launch(
-            "shard_combine", t.workspace, *self._tokens(t), ranks, parts.data_ptr(),
-            logps.data_ptr(), log_total.data_ptr(), address(entropy),
-        )  # fmt: skip
+            "shard_combine", t.workspace, *_tokens(t), ranks, parts, logps, log_total, entropy
+        )
 
     # The dual.
 
@@ -205,6 +141,6 @@ class Launchers:
     ) -> None:  # fmt: skip
         """Move the 0-dim coef once (Eq. 16), by statistics of groups (Eq. 10)."""
         self._launch(
-            "dual_step", coef, coef.data_ptr(), weight.data_ptr(), d_sum.data_ptr(),
-            d_sq_sum.data_ptr(), weight.numel(), about_means, target, lr, min_coef, max_coef,
+            "dual_step", coef, coef, weight, d_sum, d_sq_sum, weight.numel(), about_means, target,
+            lr, min_coef, max_coef,
         )  # fmt: skip

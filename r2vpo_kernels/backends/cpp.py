@@ -32,17 +32,12 @@ def advise_huge_pages(fresh: Tensor) -> None:
 
 
 class _Launchers(compiled.Launchers):
-    def kernels(self) -> Any:
-        return INSTRUCTION_SETS[INSTRUCTION_SET]
-
-    def launch_target(self, x: Tensor) -> tuple[int, ...]:
-        return (torch.get_num_threads(),)
-
-    def before_filling(self, dlogits: Tensor) -> None:
-        advise_huge_pages(dlogits)
+    def _launch(self, name: str, x: Tensor, *arguments: object) -> None:
+        kernels = INSTRUCTION_SETS[INSTRUCTION_SET]
+        getattr(kernels, name)((torch.get_num_threads(), *arguments))
 
 
-_launchers = _Launchers(_cpp)
+_launchers = _Launchers()
 logps_forward = _launchers.logps_forward
 logps_backward = _launchers.logps_backward
 one_pass = _launchers.one_pass

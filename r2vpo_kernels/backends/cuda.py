@@ -5,8 +5,6 @@ None has run on hardware yet.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -37,25 +35,23 @@ def why_not(device: torch.device) -> str | None:
 
 
 class _Launchers(compiled.Launchers):
-    def kernels(self) -> Any:
-        return _cuda.kernels
-
-    def launch_target(self, x: Tensor) -> tuple[int, ...]:
+    def launch_target(self, x: Tensor) -> tuple[int, int]:
+        """The device and its stream."""
         if SIMULATED:
             return 0, 0
         device = x.get_device()
         return device, torch.cuda.current_stream(device).cuda_stream
 
-    def _launch(self, name: str, x: Tensor, *arguments: float) -> None:
+    def _launch(self, name: str, x: Tensor, *arguments: object) -> None:
         with torch.cuda.device_of(x):
-            super()._launch(name, x, *arguments)
+            getattr(_cuda.kernels, name)((*self.launch_target(x), *arguments))
 
     def scratch(self, t: Tokens) -> Tensor:
         size = MOMENTS * t.units + TOTALS * MOST_BLOCKS
         return torch.empty(size, dtype=torch.float64, device=t.workspace.device)
 
 
-_launchers = _Launchers(_cuda)
+_launchers = _Launchers()
 logps_forward = _launchers.logps_forward
 logps_backward = _launchers.logps_backward
 one_pass = _launchers.one_pass

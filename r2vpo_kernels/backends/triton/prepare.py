@@ -272,7 +272,7 @@ def prepare_kernel(
             workspace, cu_seqlens, normalizer, tokens, units, factor, kl_coef, entropy_coef,
             log_ratio_clamp,
         )  # fmt: skip
-    tl.store(integers(workspace) + FAULTS + program, fault.to(tl.int32))
+    tl.store(workspace + FAULTS + program, fault.to(tl.float32))
 
 
 def prepare(p) -> None:

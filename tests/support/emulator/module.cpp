@@ -104,7 +104,9 @@ struct Launcher {
 extern const Kernels<CudaTarget> kernels_cuda =
     Dispatch<Launcher, Float32, BFloat16, Float16>::kernels;
 
-inline void take(Arguments& a, CudaTarget& to) { to = {a, a}; }
+inline void take(Arguments& a, CudaTarget& to) {
+  to = {a, reinterpret_cast<void*>(static_cast<std::uintptr_t>(a))};
+}
 
 }  // namespace r2vpo
 
