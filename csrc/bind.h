@@ -133,9 +133,24 @@ inline Column vector(Arguments& a) {
   return {x.data(), x.dtype(), many ? std::int64_t(Arguments(strides)) : 0, 0};
 }
 
-inline Tokens tokens(Arguments& a) { return {a, a, a, a, a, a, a, a}; }
+inline Tokens tokens(Arguments& a) { return {a, a, a, a, a, a, a, a, a}; }
 
-inline RowTokens row_tokens(Arguments& a) { return {tokens(a), a, a}; }
+// Of a tuple, or None.
+inline SamplingMask sampling_mask(Arguments& a) {
+  PyObject* const x = a.next();
+  if (x == Py_None) return {};
+  Arguments given(x);
+  return {given, given, given, given, given, given};
+}
+
+inline Support support(Arguments& a) {
+  PyObject* const x = a.next();
+  if (x == Py_None) return {};
+  Arguments given(x);
+  return {given, given, given, given};
+}
+
+inline RowTokens row_tokens(Arguments& a) { return {tokens(a), support(a), a, a}; }
 
 // Of logits (B, T, V) and their gradient, or None.
 inline void take(Arguments& a, Rows& to) {
@@ -154,7 +169,7 @@ inline void take(Arguments& a, Rows& to) {
 inline void take(Arguments& a, Prepare& to) {
   to = {tokens(a), column(a), column(a), column(a), column(a), column(a), column(a), column(a),
         column(a), column(a), column(a), vector(a), vector(a), vector(a), vector(a), a, a, a, a, a,
-        a, a, a, {}, nullptr, a, a, a};
+        a, a, a, {}, nullptr, a, a, a, {}};
   PyObject* const numbers = a.next();
   if (PyTuple_Check(numbers)) {
     Arguments number(numbers);
@@ -162,6 +177,7 @@ inline void take(Arguments& a, Prepare& to) {
   } else {
     to.numbers_tensor = static_cast<const float*>(Tensor(numbers).data());
   }
+  to.sampling_mask = sampling_mask(a);
 }
 inline void take(Arguments& a, Means& to) { to = {tokens(a), a, column(a), a, a}; }
 inline void take(Arguments& a, Finish& to) {

@@ -31,7 +31,7 @@ constexpr int kCounts = 16;
 constexpr int kMostParts = 512;
 constexpr int kFaults = kCounts + kMostParts;
 constexpr int kHeader = kFaults + kMostParts;
-constexpr int kRows = 8;
+constexpr int kRows = 11;
 
 // What `prepare` writes, and the other kernels read. Unit u is the tokens from begin(u) to end(u).
 struct Tokens {
@@ -40,6 +40,7 @@ struct Tokens {
   int parts;  // of the denominator's count
   bool on_policy, sequence_level;
   KL kl;
+  bool with_support;  // a sampling mask was given
 
   R2VPO_MEMBER std::int32_t* integers() const {
     return reinterpret_cast<std::int32_t*>(workspace);
@@ -66,6 +67,13 @@ struct Tokens {
   R2VPO_MEMBER float center(std::int64_t i) const { return row(6)[i]; }
   R2VPO_MEMBER float ref_logp(std::int64_t i) const { return row(7)[i]; }
 
+  // Written with a sampling mask alone. The first of the token's ids that are words of these logits,
+  // and how many are: below 0, it has the full vocabulary. How many words its set has: 0, all.
+  R2VPO_MEMBER std::int32_t* support_row(int k) const { return integers() + kHeader + (8 + k) * count; }
+  R2VPO_MEMBER std::int32_t support_begin(std::int64_t i) const { return support_row(0)[i]; }
+  R2VPO_MEMBER std::int32_t support_count(std::int64_t i) const { return support_row(1)[i]; }
+  R2VPO_MEMBER std::int32_t support_size(std::int64_t i) const { return support_row(2)[i]; }
+
   R2VPO_MEMBER std::int32_t begin(std::int64_t u) const { return unit_row(0)[u]; }
   R2VPO_MEMBER std::int32_t end(std::int64_t u) const { return unit_row(1)[u]; }
   R2VPO_MEMBER std::int32_t group(std::int64_t u) const { return unit_row(2)[u]; }
@@ -88,6 +96,16 @@ struct Tokens {
     return {token_weight(i) / denominator, old_logp(i), advantage(i), variance_coef(i), center(i),
             ref_logp(i)};
   }
+};
+
+// The sets that tokens were sampled from: that of token i is token_ids from offsets[i] to
+// offsets[i + 1], rising. No id is larger than `largest`, which must be below `vocabulary`.
+struct SamplingMask {
+  const std::int32_t* token_ids;  // null where none was given
+  const std::int64_t* offsets;
+  const std::int64_t* largest;
+  std::int64_t count, vocabulary;
+  bool missing_full;  // a label that is not in its set means the full vocabulary
 };
 
 // What the denominator counts (Eq. 4).
@@ -114,6 +132,7 @@ struct Prepare {
   float* logps_out;             // null where not wanted, as the next two
   float* entropy_out;
   std::uint8_t* activity;
+  SamplingMask sampling_mask;
 };
 
 // The empirical centre (Eq. 9): μ - 1 of each group, then κ of each.
@@ -143,7 +162,7 @@ struct Finish {
   double* scratch;
 };
 
-constexpr int kMetrics = 11;
+constexpr int kMetrics = 13;
 
 // Eq. 30: what this rank adds to the SUM, and what follows from it. `entropy` is null where it is
 // not wanted, here and below.
@@ -189,14 +208,40 @@ struct Rows {
   std::int64_t grad_stride_batch, grad_stride_token;
 };
 
+// Where a row's words are not all of its logits' (calls.Support): the ids of the sampling mask, and
+// as many numbers, the logits of these words and then their gradients. `compact`: they are there
+// already, no other logits are, and tokens of the full vocabulary are left out.
+struct Support {
+  const std::int32_t* token_ids;  // null: every row has the full vocabulary
+  float* values;
+  std::int64_t first_word;  // of these logits
+  bool compact;
+};
+
 // Which token a row of logits belongs to; arrays of tokens are read and written there.
 struct RowTokens {
   Tokens tokens;
+  Support support;
   const std::int64_t* index;  // of each row; null: they follow each other from `first` on
   std::int64_t first;
 
   R2VPO_MEMBER std::int64_t token(std::int64_t row) const {
     return index ? index[row] : first + row;
+  }
+  // Whether the row has words of its own, and not the full vocabulary.
+  R2VPO_MEMBER bool has_support(std::int64_t i) const {
+    return support.token_ids && tokens.support_count(i) >= 0;
+  }
+  // Column of the k-th of them; none is outside.
+  R2VPO_MEMBER std::int64_t column(std::int64_t i, std::int64_t k) const {
+    return support.token_ids[tokens.support_begin(i) + k] - support.first_word;
+  }
+  // Where the label is among them; their number, where it is not.
+  R2VPO_MEMBER std::int64_t label_place(std::int64_t i) const {
+    const std::int64_t count = tokens.support_count(i), label = tokens.label(i);
+    std::int64_t k = 0;
+    while (k < count && column(i, k) != label) ++k;
+    return k;
   }
 };
 

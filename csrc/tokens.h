@@ -133,6 +133,40 @@ R2VPO_TOKEN bool is_valid(const Prepare& p, std::int64_t u, std::int64_t i) {
          !(p.labels.data && at<std::int64_t>(p.labels, u, i) == p.ignore_index);
 }
 
+// The first of sorted ids from `begin` to `end` that is not less than a word, or `end`.
+R2VPO_TOKEN std::int64_t first_at_least(const std::int32_t* ids, std::int64_t begin,
+                                        std::int64_t end, std::int64_t word) {
+  while (begin < end) {
+    const std::int64_t middle = begin + (end - begin) / 2;
+    if (ids[middle] < word) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+// K of Eq. 1, as Tokens has it.
+struct TokenSupport {
+  std::int64_t begin, count, size;
+};
+
+// Of token i with this label; whether the label is not in the set, where it must be.
+R2VPO_TOKEN TokenSupport support_of(const Prepare& p, std::int64_t i, std::int64_t label,
+                                    bool& missing) {
+  const SamplingMask& mask = p.sampling_mask;
+  const std::int64_t begin = between(mask.offsets[i], 0, mask.count);
+  const std::int64_t end = between(mask.offsets[i + 1], begin, mask.count);
+  const std::int64_t at = first_at_least(mask.token_ids, begin, end, label);
+  const bool found = at < end && mask.token_ids[at] == label;
+  if (begin == end || (!found && mask.missing_full)) return {0, -1, 0};
+  missing = !found;
+  const std::int64_t first = first_at_least(mask.token_ids, begin, end, p.first_word);
+  const std::int64_t past = first_at_least(mask.token_ids, first, end, p.first_word + p.words);
+  return {first, past - first, end - begin};
+}
+
 // What a unit with so many valid tokens adds to a count.
 R2VPO_TOKEN std::int32_t counted(const Prepare& p, std::int64_t valid_tokens) {
   if (p.count == Count::tokens) return static_cast<std::int32_t>(valid_tokens);
@@ -150,11 +184,13 @@ R2VPO_TOKEN bool write_token(const Prepare& p, const Numbers& numbers, std::int6
   std::int32_t label = -1;
   float temperature = 1.0f, weight = 0.0f, old_logp = 0.0f, advantage = 0.0f;
   float variance_coef = 0.0f, center = 0.0f, ref_logp = 0.0f;
+  TokenSupport support = {0, -1, 0};
   if (valid) {
     label = 0;
     if (p.labels.data) {
       const std::int64_t given = at<std::int64_t>(p.labels, u, i);
       bad = given < 0 || given >= p.vocabulary;
+      if (p.sampling_mask.offsets && !bad) support = support_of(p, i, given, bad);
       const std::int64_t word = bad ? -1 : given - p.first_word;
       label = static_cast<std::int32_t>(word >= 0 && word < p.words ? word : p.words);
     }
@@ -187,6 +223,11 @@ R2VPO_TOKEN bool write_token(const Prepare& p, const Numbers& numbers, std::int6
   t.row(5)[i] = variance_coef;
   t.row(6)[i] = center;
   t.row(7)[i] = ref_logp;
+  if (p.sampling_mask.offsets) {
+    t.support_row(0)[i] = static_cast<std::int32_t>(support.begin);
+    t.support_row(1)[i] = static_cast<std::int32_t>(support.count);
+    t.support_row(2)[i] = static_cast<std::int32_t>(support.size);
+  }
   if (p.logps_out) p.logps_out[i] = valid ? at<float>(p.logps, u, i) : 0.0f;
   if (p.entropy_out) p.entropy_out[i] = valid ? at<float>(p.entropy, u, i) : 0.0f;
   if (p.activity) {
@@ -194,7 +235,8 @@ R2VPO_TOKEN bool write_token(const Prepare& p, const Numbers& numbers, std::int6
     const bool level = variance_coef == 0.0f || (!p.old_logps.data && center == 0.0f);
     const bool still = advantage == 0.0f && level && numbers.kl_coef == 0.0f &&
                        numbers.entropy_coef == 0.0f;
-    p.activity[i] = static_cast<std::uint8_t>(valid ? still : 2);
+    // The one word of its set has all the probability.
+    p.activity[i] = static_cast<std::uint8_t>(valid ? still || support.size == 1 : 2);
   }
   return bad;
 }
@@ -203,7 +245,9 @@ R2VPO_TOKEN bool write_token(const Prepare& p, const Numbers& numbers, std::int6
 R2VPO_TOKEN bool write_numbers(const Prepare& p, const Numbers& numbers, bool bad_offsets) {
   float factor = numbers.factor;
   if (p.normalizer.data) factor = at<float>(p.normalizer, 0, 0);
-  const bool bad = bad_offsets || (p.normalizer.data && !(factor >= 0.0f));
+  const SamplingMask& mask = p.sampling_mask;
+  const bool bad_words = mask.largest && *mask.largest >= mask.vocabulary;
+  const bool bad = bad_offsets || bad_words || (p.normalizer.data && !(factor >= 0.0f));
   float* const to = p.tokens.workspace;
   to[0] = numbers.log_ratio_clamp;
   to[1] = numbers.kl_coef;
@@ -220,8 +264,9 @@ R2VPO_TOKEN float upstream_at(const Column& upstream, std::int64_t u, std::int64
 
 // Of valid tokens: what the loss and the metrics are made of.
 struct Totals {
-  // Tokens, Σd, Σd², clamped ones, Σ(d - δ), Σw·P, Σw·λ(ρ - c)², Σkl, ΣH, the loss.
-  static constexpr int kSums = 10;
+  // Tokens, Σd, Σd², clamped ones, Σ(d - δ), Σw·P, Σw·λ(ρ - c)², Σkl, ΣH, the loss; tokens whose set
+  // has one word, those that have a set, the words of all sets.
+  static constexpr int kSums = 13;
   // Of -d and of d, the largest.
   static constexpr int kExtremes = 2;
 
@@ -237,14 +282,16 @@ struct Totals {
   }
 
   R2VPO_MEMBER void add(const Token& token, const Ratio& r, const Term& policy,
-                        const Term& penalty, const Term& kl, float entropy, float loss) {
+                        const Term& penalty, const Term& kl, float entropy, float loss,
+                        std::int32_t support_size) {
     const double w = token.weight, d = r.d, clamped = r.clamped;
+    const double single = support_size == 1, has_support = support_size > 0;
     add({{1.0, d, d * d, clamped, d - r.delta, w * policy.value, w * penalty.value, kl.value,
-          entropy, loss},
+          entropy, loss, single, has_support, static_cast<double>(support_size)},
          {-d, d}});
   }
 
-  R2VPO_MEMBER float loss() const { return static_cast<float>(sums[kSums - 1]); }
+  R2VPO_MEMBER float loss() const { return static_cast<float>(sums[9]); }
 
   // In the order of METRICS in Python.
   R2VPO_MEMBER void write_metrics(float* to) const {
@@ -267,6 +314,8 @@ struct Totals {
         sums[6],
         sums[7] / count,
         sums[8] / count,
+        sums[10] / count,
+        sums[11] == 0.0 ? 0.0 : sums[12] / sums[11],
     };
     for (int k = 0; k < kMetrics; ++k) to[k] = static_cast<float>(metrics[k]);
   }

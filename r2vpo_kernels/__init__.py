@@ -9,10 +9,12 @@ from .loss import (
     token_logps,
 )
 from .output import R2VPOOutput, RatioStats
+from .sampling import SamplingMask
 
 __all__ = [
     "R2VPOOutput",
     "RatioStats",
+    "SamplingMask",
     "VarianceConstraint",
     "fenchel_coef",
     "linear_r2vpo_loss",

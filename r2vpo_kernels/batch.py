@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .checks import (
     check_whole,
     invalid,
 )
+from .sampling import SamplingMask
 
 
 @dataclass(slots=True)
@@ -39,6 +41,7 @@ class Batch:
     group_size: int = 0  # sequences; 0: groups are named by group_ids, or all are one
     reduction: Reduction = "none"
     normalizer: float | Tensor | None = None
+    sampling_mask: SamplingMask | None = None
 
     @property
     def tokens(self) -> int:
@@ -67,6 +70,7 @@ class Batch:
         center: object = None,
         reduction: Reduction = "none",
         normalizer: float | Tensor | None = None,
+        sampling_mask: SamplingMask | None = None,
     ) -> Batch:
         """`center`: where it is a tensor of means, it too says how many groups there are."""
         ignore_index = check_whole("ignore_index", ignore_index, -(2**63), "an integer of 64 bits")
@@ -94,6 +98,9 @@ class Batch:
         elif reduction == "seq-mean-token-sum-norm" and len(shape) == 1:
             raise invalid("normalizer", None, "a denominator for 'seq-mean-token-sum-norm', packed")
         batch.normalizer = normalizer
+        if sampling_mask is not None:
+            _check_sampling_mask(sampling_mask, batch.tokens, device)
+            batch.sampling_mask = sampling_mask
         return batch
 
     def _set_groups(
@@ -165,6 +172,14 @@ def _check_cu_seqlens(cu_seqlens: Tensor, shape: torch.Size, device: torch.devic
     tokens = math.prod(shape)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < (2 if tokens else 1):
         raise invalid("cu_seqlens", cu_seqlens, f"shape (sequences + 1,) for {tokens} tokens")
+
+
+def _check_sampling_mask(mask: Any, tokens: int, device: torch.device) -> None:
+    if not isinstance(mask, SamplingMask):
+        raise TypeError(f"sampling_mask: got {type(mask).__name__}, expected a SamplingMask")
+    if len(mask) != tokens:
+        raise invalid("sampling_mask", f"sets of {len(mask)} tokens", f"{tokens}, one per label")
+    check_device("sampling_mask", mask.offsets, device)
 
 
 def _checked_normalizer(

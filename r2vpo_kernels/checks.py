@@ -20,11 +20,13 @@ KLEstimator = Literal["k1", "k2", "k3"]
 Reduction = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none"
 ]
+MissingLabel = Literal["error", "full"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 CENTERS: tuple[str, ...] = get_args(Center)
 RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
 KL_ESTIMATORS: tuple[str, ...] = get_args(KLEstimator)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+MISSING_LABELS: tuple[str, ...] = get_args(MissingLabel)
 
 REAL: Any = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 WHOLE: Any = (int, torch.SymInt, numbers.Integral)

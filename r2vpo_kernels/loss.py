@@ -18,6 +18,7 @@ from .batch import Batch
 from .checks import Backend, Center, KLEstimator, RatioLevel, Reduction, invalid
 from .objective import Objective, checked_temperature
 from .output import R2VPOOutput, RatioStats
+from .sampling import SamplingMask
 from .sources.autograd import Result
 from .sources.dtensor import is_dtensor, local_arguments
 from .sources.linear import LinearLogits
@@ -52,10 +53,12 @@ def _entry(entry: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def _output(result: Result, objective: Objective) -> R2VPOOutput:
+def _output(result: Result, batch: Batch, objective: Objective) -> R2VPOOutput:
     loss, stats, metrics, logps, entropy = result
-    has_ref = objective.ref_logps is not None
-    return R2VPOOutput(loss, logps, entropy, RatioStats(*stats.unbind()), metrics, has_ref)
+    has_ref, has_support = objective.ref_logps is not None, batch.sampling_mask is not None
+    return R2VPOOutput(
+        loss, logps, entropy, RatioStats(*stats.unbind()), metrics, has_ref, has_support
+    )
 
 
 def _asked(
@@ -81,6 +84,7 @@ def r2vpo_loss(
     group_size: int | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     ratio_level: RatioLevel = "token",
@@ -133,6 +137,9 @@ def r2vpo_loss(
         group_size: every so many consecutive sequences are a group. Neither: all are one group.
         mask: like labels, nonzero is valid. What stands in any input at other tokens is harmless.
         ignore_index: labels of this value are masked too.
+        sampling_mask: the words that each token was sampled from, by top-k, top-p or min-p: log-probs,
+            entropy and gradients are those of the policy renormalised over them, and old_logps and
+            ref_logps must be too. In the order of the flattened labels, of the whole vocabulary.
         reduction: w, over valid tokens. "token-mean": 1 / tokens; "seq-mean-token-mean":
             1 / sequences / the sequence's tokens; "seq-mean-token-sum": 1 / sequences;
             "seq-mean-token-sum-norm": 1 / sequences / T; "none": 1, one loss per token. Sequences
@@ -187,6 +194,7 @@ def r2vpo_loss(
             center=center,
             reduction=reduction,
             normalizer=normalizer,
+            sampling_mask=sampling_mask,
         )
         objective = Objective.build(
             batch,
@@ -208,7 +216,7 @@ def r2vpo_loss(
 
     with_entropy = return_entropy or entropy_coef != 0
     source, batch, objective = _asked(tp_group, ask, with_entropy)
-    return _output(source.loss(batch, objective, with_entropy), objective)
+    return _output(source.loss(batch, objective, with_entropy), batch, objective)
 
 
 @_entry
@@ -231,6 +239,7 @@ def linear_r2vpo_loss(
     group_size: int | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     ratio_level: RatioLevel = "token",
@@ -318,6 +327,7 @@ def linear_r2vpo_loss(
             center=center,
             reduction=reduction,
             normalizer=normalizer,
+            sampling_mask=sampling_mask,
         )
         objective = Objective.build(
             batch,
@@ -339,7 +349,7 @@ def linear_r2vpo_loss(
 
     with_entropy = return_entropy or entropy_coef != 0
     source, batch, objective = _asked(tp_group, ask, with_entropy)
-    return _output(source.loss(batch, objective, with_entropy), objective)
+    return _output(source.loss(batch, objective, with_entropy), batch, objective)
 
 
 @_entry
@@ -379,8 +389,8 @@ def r2vpo_loss_from_logps(
             A DTensor is taken as logits are by `r2vpo_loss`.
         entropy: like logps, nats, for entropy_coef; both come from `token_logps`.
         backend: as for `r2vpo_loss`. Float64 takes "eager", which is plain torch.
-        The other keywords are those of `r2vpo_loss`, except ignore_index, temperature,
-            return_entropy, tp_group and inplace, which are about logits.
+        The other keywords are those of `r2vpo_loss`, except ignore_index, sampling_mask,
+            temperature, return_entropy, tp_group and inplace, which are about logits.
 
     Returns: R2VPOOutput. Its loss is differentiable in logps and entropy, once (backend
         "eager": any number of times).
@@ -419,7 +429,7 @@ def r2vpo_loss_from_logps(
         entropy_coef=entropy_coef,
         log_ratio_clamp=log_ratio_clamp,
     )
-    return _output(source.loss(batch, objective), objective)
+    return _output(source.loss(batch, objective), batch, objective)
 
 
 @overload
@@ -430,6 +440,7 @@ def token_logps(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     return_entropy: Literal[False] = False,
     tp_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
@@ -442,6 +453,7 @@ def token_logps(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     return_entropy: Literal[True],
     tp_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
@@ -454,6 +466,7 @@ def token_logps(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     return_entropy: bool,
     tp_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
@@ -466,6 +479,7 @@ def token_logps(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     return_entropy: bool = False,
     tp_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
@@ -479,7 +493,7 @@ def token_logps(
         entropy = -(log_p.exp() * log_p).sum(-1)
 
     Args:
-        logits, labels, mask, ignore_index, tp_group, backend: as for `r2vpo_loss`.
+        logits, labels, mask, ignore_index, sampling_mask, tp_group, backend: as for `r2vpo_loss`.
         temperature: a number, or per sequence (labels (B, T)) or per token, ≥ 1e-6.
         return_entropy: return (logps, entropy).
 
@@ -493,7 +507,9 @@ def token_logps(
 
     def ask() -> tuple[Logits, Batch, Objective]:
         source = Logits.build(logits, labels, False, tp_group is not None, backend)
-        return source, *_labels_alone(source, labels, mask, ignore_index, temperature)
+        return source, *_labels_alone(
+            source, labels, mask, ignore_index, sampling_mask, temperature
+        )
 
     source, batch, objective = _asked(tp_group, ask, return_entropy)
     return _log_probs(source, batch, objective, return_entropy)
@@ -504,10 +520,18 @@ def _labels_alone(
     labels: Tensor,
     mask: Tensor | None,
     ignore_index: int,
+    sampling_mask: SamplingMask | None,
     temperature: float | Tensor,
 ) -> tuple[Batch, Objective]:
     device = source.like.device
-    batch = Batch.build(labels.shape, device, labels=labels, mask=mask, ignore_index=ignore_index)
+    batch = Batch.build(
+        labels.shape,
+        device,
+        labels=labels,
+        mask=mask,
+        ignore_index=ignore_index,
+        sampling_mask=sampling_mask,
+    )
     temperature = checked_temperature(batch, temperature, device)
     return batch, Objective(temperature=temperature)
 
@@ -531,6 +555,7 @@ def linear_token_logps(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     return_entropy: Literal[False] = False,
     chunk_tokens: int | None = None,
     compact: bool = True,
@@ -549,6 +574,7 @@ def linear_token_logps(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     return_entropy: Literal[True],
     chunk_tokens: int | None = None,
     compact: bool = True,
@@ -567,6 +593,7 @@ def linear_token_logps(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     return_entropy: bool,
     chunk_tokens: int | None = None,
     compact: bool = True,
@@ -585,6 +612,7 @@ def linear_token_logps(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    sampling_mask: SamplingMask | None = None,
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
     compact: bool = True,
@@ -604,7 +632,8 @@ def linear_token_logps(
     Args:
         hidden, weight, bias, softcap, logit_scale, chunk_tokens, compact, tp_group: as for
             `linear_r2vpo_loss`; what the backward leaves out are tokens that get no gradient.
-        labels, temperature, mask, ignore_index, return_entropy, backend: as for `token_logps`.
+        labels, temperature, mask, ignore_index, sampling_mask, return_entropy, backend: as for
+            `token_logps`.
 
     Returns, raises: as `token_logps`.
 
@@ -624,7 +653,9 @@ def linear_token_logps(
             sharded=tp_group is not None,
             backend=backend,
         )
-        return source, *_labels_alone(source, labels, mask, ignore_index, temperature)
+        return source, *_labels_alone(
+            source, labels, mask, ignore_index, sampling_mask, temperature
+        )
 
     source, batch, objective = _asked(tp_group, ask, return_entropy)
     return _log_probs(source, batch, objective, return_entropy)

@@ -20,6 +20,7 @@ from .backends.calls import (
     NOTHING,
     Column,
     Prepare,
+    Support,
     Tokens,
     parts_of,
     units_in,
@@ -31,6 +32,7 @@ from .batch import Batch
 from .checks import KL_ESTIMATORS, check_device, check_float, invalid, may_synchronise
 from .objective import Objective, checked_temperature
 from .output import METRICS
+from .sampling import SamplingMask
 
 VECTOR_BYTES = 16
 # What labels are not checked against before the shards of a vocabulary meet.
@@ -120,6 +122,7 @@ def check_memory(name: str, value: Tensor) -> None:
 # denominator's factor, kl_coef, entropy_coef and log_ratio_clamp, where they are numbers; under
 # torch.compile they are a tensor, so that no compilation depends on a value.
 CALL = """SymInt[] shape, Tensor? labels, Tensor? mask, SymInt ignore_index, Tensor? cu_seqlens,
+    Tensor? token_ids, Tensor? offsets, Tensor? largest, str missing_label,
     Tensor? group_ids, SymInt num_groups, SymInt group_size, str reduction, Tensor? normalizer,
     bool normalized, Tensor? advantages, Tensor? old_logps, Tensor? variance_coef, Tensor? center,
     bool empirical_center, str ratio_level, Tensor? importance_weights, Tensor? ref_logps,
@@ -140,7 +143,9 @@ class Call:
     def tensors(self) -> tuple[Any, ...]:
         """What may be one, or a number or a name."""
         batch, objective = self.batch, self.objective
+        given = () if batch.sampling_mask is None else batch.sampling_mask.tensors()
         return (
+            *given,
             batch.labels, batch.mask, batch.cu_seqlens, batch.group_ids, batch.normalizer,
             objective.advantages, objective.old_logps, objective.variance_coef, objective.center,
             objective.importance_weights, objective.ref_logps, objective.temperature,
@@ -149,6 +154,12 @@ class Call:
     @property
     def per_token(self) -> bool:
         return self.batch.reduction == "none"
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """Those of the sampling mask."""
+        mask = self.batch.sampling_mask
+        return None if mask is None else mask.token_ids
 
     def numbers(self) -> list[float]:
         batch, objective = self.batch, self.objective
@@ -166,7 +177,7 @@ class Call:
 
     def flat(self, like: Tensor) -> tuple[Any, ...]:
         """In the order of CALL."""
-        batch, objective = self.batch, self.objective
+        batch, objective, kept = self.batch, self.objective, self.batch.sampling_mask
         numbers, vector = self.numbers(), None
         if torch.compiler.is_compiling():
             zero = like.new_zeros((), dtype=torch.float32)
@@ -174,6 +185,7 @@ class Call:
             numbers = []
         return (
             batch.shape, batch.labels, _constant(batch.mask), batch.ignore_index, batch.cu_seqlens,
+            *((None, None, None, "error") if kept is None else (*kept.tensors(), kept.missing_label)),
             batch.group_ids, batch.num_groups, batch.group_size, batch.reduction,
             _constant(batch.normalizer), batch.normalizer is not None,
             _constant(objective.advantages), _constant(objective.old_logps),
@@ -194,8 +206,8 @@ class Call:
             call: Call = arguments[0]
             return call
         (
-            shape, labels, mask, ignore_index, cu_seqlens, group_ids, num_groups, group_size,
-            reduction, normalizer, normalized, advantages, old_logps, variance_coef, center,
+            shape, labels, mask, ignore_index, cu_seqlens, token_ids, offsets, largest,
+            missing_label, group_ids, num_groups, group_size, reduction, normalizer, normalized, advantages, old_logps, variance_coef, center,
             empirical_center, ratio_level, importance_weights, ref_logps, kl_estimator,
             temperature, numbers, number_vector, with_entropy, backend,
         ) = arguments  # fmt: skip
@@ -206,6 +218,7 @@ class Call:
         batch = Batch(
             torch.Size(shape), labels, mask, ignore_index, cu_seqlens, group_ids, num_groups,
             group_size, reduction, normalizer,
+            None if token_ids is None else SamplingMask.of(token_ids, offsets, largest, missing_label),
         )  # fmt: skip
         objective = Objective(
             advantages,
@@ -228,6 +241,14 @@ class Call:
         batch, objective = self.batch, self.objective
         if self.number_vector is not None:
             check_is("number_vector", self.number_vector, torch.float32, device, (6,))
+        mask = batch.sampling_mask
+        if mask is not None and may_synchronise(mask.offsets):
+            # Kernels take for granted what it does with what it is given.
+            if not torch.equal(
+                SamplingMask(mask.token_ids, mask.offsets).token_ids, mask.token_ids
+            ):
+                raise invalid("token_ids", mask.token_ids, "ids that rise within each set")
+            check_is("offsets", mask.offsets, torch.int64, device, (batch.tokens + 1,))
         Batch.build(
             batch.shape,
             device,
@@ -240,6 +261,7 @@ class Call:
             group_size=batch.group_size or None,
             reduction=batch.reduction,
             normalizer=batch.normalizer,
+            sampling_mask=batch.sampling_mask,
         )
         if objective.advantages is None:
             checked_temperature(batch, objective.temperature, device)
@@ -364,18 +386,22 @@ def prepare(kernels: Any, call: Call, arguments: Prepare) -> Tokens:
     if may_synchronise(tokens.workspace):
         faults = tokens.workspace[FAULTS : FAULTS + tokens.parts].tolist()
         if any(faults):
-            _raise_for_a_bad_value(call, tokens.workspace, arguments.vocabulary)
+            _raise_for_a_bad_value(call, tokens.workspace, arguments)
+    mask = arguments.sampling_mask
+    if mask is not None:
+        tokens.support = support_of(mask.token_ids, arguments.first_word)
     return tokens
 
 
-def _raise_for_a_bad_value(call: Call, like: Tensor, vocabulary: int) -> None:
+def _raise_for_a_bad_value(call: Call, like: Tensor, arguments: Prepare) -> None:
     """The reference says what was wrong."""
     batch, objective = call.batch, call.objective
     if call.number_vector is not None:
         flat = list(Call(batch, objective, False, "").flat(like))
         flat[-4:-2] = call.number_vector.tolist(), None
         call = Call.of(tuple(flat))
-    reference.Tokens.of(call.batch, call.objective, like, vocabulary)
+    vocabulary, whole = arguments.vocabulary, arguments.sampling_vocabulary
+    reference.Tokens.of(call.batch, call.objective, like, vocabulary, whole)
     raise AssertionError("a kernel met a bad value that the reference accepts")
 
 
@@ -449,11 +475,17 @@ def arguments_of(call: Call, device: torch.device, words: int, layout: Tensor | 
     """What `prepare` takes, for logits of `words` words: all, or those of a shard."""
     numbers = tuple(call.numbers()) if call.number_vector is None else call.number_vector
     arguments = Prepare.of(call.batch, call.objective, numbers, device, call.backend)
-    arguments.vocabulary = arguments.words = words
+    arguments.vocabulary = arguments.words = arguments.sampling_vocabulary = words
     if layout is not None:
         # Labels are checked where the shards meet.
         arguments.first_word, arguments.vocabulary = int(layout[0]), UNKNOWN_VOCABULARY
+        arguments.sampling_vocabulary = int(layout[1])
     return arguments
+
+
+def support_of(token_ids: Tensor, first_word: int) -> Support:
+    """What the row kernels take of a sampling mask, over logits from `first_word` on."""
+    return Support(token_ids, token_ids.new_empty(token_ids.shape, dtype=torch.float32), first_word)
 
 
 def fake_forward(like: Tensor, flat: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -485,9 +517,10 @@ def logps_forward(logits: Tensor, layout: Tensor | None, *flat: Any) -> Any:
 
 # What backward takes of forward: `saved`.
 SAVED = "Tensor workspace, Tensor logps, Tensor top, Tensor log_total, Tensor entropy"
-# `upstream` multiplies both gradients, if it is given.
+# `upstream` multiplies both gradients, if it is given; token_ids are those of a sampling mask, and
+# `layout` is that of a shard.
 BACKWARD = f"""{SAVED}, Tensor grad_logps, Tensor grad_entropy, Tensor? upstream,
-    bool with_entropy, str backend"""
+    Tensor? token_ids, Tensor? layout, bool with_entropy, str backend"""
 
 
 def check_saved(tokens: int, device: torch.device, with_entropy: bool, **tensors: Tensor) -> None:
@@ -508,32 +541,51 @@ def check_saved(tokens: int, device: torch.device, with_entropy: bool, **tensors
 def _check_logps_backward(
     logits: Tensor, workspace: Tensor, logps: Tensor, top: Tensor, log_total: Tensor,
     entropy: Tensor, grad_logps: Tensor, grad_entropy: Tensor, upstream: Tensor | None,
-    with_entropy: bool, backend: str,
+    token_ids: Tensor | None, layout: Tensor | None, with_entropy: bool, backend: str,
 ) -> None:  # fmt: skip
     check_logits("logits", logits, backend)
+    check_layout(layout)
     check_saved(
         logits.shape[0] * logits.shape[1], logits.device, with_entropy, workspace=workspace,
         logps=logps, top=top, log_total=log_total, entropy=entropy, grad_logps=grad_logps,
         grad_entropy=grad_entropy,
     )  # fmt: skip
+    check_support(workspace, logps.numel(), token_ids)
     if upstream is not None:
         check_is("upstream", upstream, torch.float32, logits.device, ())
 
 
-def row_tokens(workspace: Tensor, tokens: int) -> Tokens:
+def check_support(workspace: Tensor, tokens: int, token_ids: Tensor | None) -> None:
+    """Whether the workspace was written for these."""
+    if token_ids is None:
+        return
+    check_is("token_ids", token_ids, torch.int32, workspace.device, (token_ids.numel(),))
+    if may_synchronise(workspace) and tokens:
+        begin, count, _ = row_tokens(workspace, tokens).supports.long()
+        if (begin < 0).any() or (begin + count > token_ids.numel()).any():
+            raise invalid("token_ids", token_ids, "those that the workspace was written for")
+
+
+def row_tokens(
+    workspace: Tensor, tokens: int, token_ids: Tensor | None = None, layout: Tensor | None = None
+) -> Tokens:
     """As much of a workspace as the row kernels read."""
-    return Tokens(workspace, tokens, 0, 0, 0, False, False, None)
+    found = Tokens(workspace, tokens, 0, 0, 0, False, False, None, token_ids is not None)
+    if token_ids is not None:
+        found.support = support_of(token_ids, 0 if layout is None else int(layout[0]))
+    return found
 
 
 def _run_logps_backward(
     logits: Tensor, dlogits: Tensor, workspace: Tensor, logps: Tensor, top: Tensor,
     log_total: Tensor, entropy: Tensor, grad_logps: Tensor, grad_entropy: Tensor,
-    upstream: Tensor | None, with_entropy: bool, backend: str,
+    upstream: Tensor | None, token_ids: Tensor | None, layout: Tensor | None,
+    with_entropy: bool, backend: str,
 ) -> None:  # fmt: skip
     optional = (entropy, grad_entropy) if with_entropy else (None, None)
     registry.load(backend).logps_backward(
-        logits, dlogits, row_tokens(workspace, logps.numel()), None, 0, logps, top, log_total,
-        optional[0], grad_logps, optional[1], upstream,
+        logits, dlogits, row_tokens(workspace, logps.numel(), token_ids, layout), None, 0, logps,
+        top, log_total, optional[0], grad_logps, optional[1], upstream,
     )  # fmt: skip
 
 
@@ -673,7 +725,8 @@ def prepare_logps(logps: Tensor, entropy: Tensor | None, *flat: Any) -> Any:
 
 
 FINISH = """SymInt groups, bool on_policy, bool sequence_level, str? kl,
-    bool empirical_center, bool per_token, bool with_entropy, bool with_slopes, str backend"""
+    bool with_support, bool empirical_center, bool per_token, bool with_entropy, bool with_slopes,
+    str backend"""
 
 
 def finish_options(call: Call) -> tuple[Any, ...]:
@@ -683,6 +736,7 @@ def finish_options(call: Call) -> tuple[Any, ...]:
         objective.old_logps is None,
         objective.ratio_level == "sequence",
         None if objective.ref_logps is None else objective.kl_estimator,
+        call.batch.sampling_mask is not None,
         objective.empirical_center,
         call.per_token,
         call.with_entropy,
@@ -695,8 +749,8 @@ def _empty_slopes(logps: Tensor, with_entropy: bool, wanted: bool) -> Tensor:
 
 def _fake_finish(
     workspace: Tensor, logps: Tensor, entropy: Tensor, upstream: Tensor | None, groups: int,
-    on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
-    per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
+    on_policy: bool, sequence_level: bool, kl: str | None, with_support: bool,
+    empirical_center: bool, per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     results = empty_results(logps, groups, per_token)
     slopes = _empty_slopes(logps, with_entropy, with_slopes)
@@ -705,8 +759,8 @@ def _fake_finish(
 
 def _check_finish(
     workspace: Tensor, logps: Tensor, entropy: Tensor, upstream: Tensor | None, groups: int,
-    on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
-    per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
+    on_policy: bool, sequence_level: bool, kl: str | None, with_support: bool,
+    empirical_center: bool, per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
 ) -> None:  # fmt: skip
     check_is("logps", logps, torch.float32, logps.device, tuple(logps.shape))
     check_backend(backend, logps)
@@ -735,8 +789,8 @@ def _check_finish(
 )
 def finish(
     workspace: Tensor, logps: Tensor, entropy: Tensor, upstream: Tensor | None, groups: int,
-    on_policy: bool, sequence_level: bool, kl: str | None, empirical_center: bool,
-    per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
+    on_policy: bool, sequence_level: bool, kl: str | None, with_support: bool,
+    empirical_center: bool, per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
 ) -> Any:  # fmt: skip
     """(loss, stats, metrics, logps, entropy, slopes): from log-probs to Eq. 5 and 10.
 
@@ -746,7 +800,9 @@ def finish(
     """
     units = units_in(workspace, logps.numel())
     parts = parts_of(units, backend)
-    tokens = Tokens(workspace, logps.numel(), units, groups, parts, on_policy, sequence_level, kl)
+    tokens = Tokens(
+        workspace, logps.numel(), units, groups, parts, on_policy, sequence_level, kl, with_support
+    )
     slopes = _empty_slopes(logps, with_entropy, with_slopes)
     logps_out, entropy_out = torch.empty_like(logps), torch.empty_like(entropy)
     results = finish_tokens(

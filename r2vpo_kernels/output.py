@@ -22,6 +22,8 @@ METRICS = (
     "loss/penalty",
     "kl/ref",
     "entropy",
+    "support/single",
+    "support/size",
 )
 
 
@@ -98,6 +100,7 @@ class R2VPOOutput:
     stats: RatioStats
     _metrics: Tensor
     _has_ref: bool
+    _has_support: bool
 
     def metrics(self) -> dict[str, Tensor]:
         """0-dim tensors on the device, already computed; means are over the valid tokens.
@@ -105,13 +108,17 @@ class R2VPOOutput:
         ratio/mean, ratio/var, ratio/min, ratio/max, ratio/ess (1, 0, 1, 1, 1 without tokens);
         ratio/clamped, the share of tokens whose log-ratio was clamped; kl/old, the mean of ρ-1-log
         ρ, the k3 estimate of KL(old ‖ new); kl/ref, if ref_logps were given; entropy, if it was
-        computed; loss/policy and loss/penalty, the weighted sums that the loss is made of.
+        computed; loss/policy and loss/penalty, the weighted sums that the loss is made of; with a
+        sampling_mask support/single, the share of tokens whose set has one word, and support/size,
+        the mean size of the sets that are not the full vocabulary.
         """
         result = dict(zip(METRICS, self._metrics.unbind(), strict=True))
         if not self._has_ref:
             del result["kl/ref"]
         if self.entropy is None:
             del result["entropy"]
+        if not self._has_support:
+            del result["support/single"], result["support/size"]
         return result
 
 
@@ -124,7 +131,10 @@ register_pytree_node(
 )
 register_pytree_node(
     R2VPOOutput,
-    lambda out: ([out.loss, out.logps, out.entropy, out.stats, out._metrics], out._has_ref),
-    lambda fields, has_ref: R2VPOOutput(*(*fields, has_ref)),
+    lambda out: (
+        [out.loss, out.logps, out.entropy, out.stats, out._metrics],
+        (out._has_ref, out._has_support),
+    ),
+    lambda fields, has: R2VPOOutput(*(*fields, *has)),
     serialized_type_name="r2vpo_kernels.R2VPOOutput",
 )

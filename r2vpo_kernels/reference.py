@@ -16,6 +16,7 @@ from .batch import Batch
 from .checks import MIN_TEMPERATURE, KLEstimator, RatioLevel, check
 from .objective import Objective
 from .output import METRICS, RatioStats
+from .sampling import SamplingMask
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,7 +34,11 @@ def linear_logits(
 
 
 def token_logps(
-    logits: Tensor, labels: Tensor, temperature: Tensor, with_entropy: bool
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    with_entropy: bool,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Eq. 1 and Eq. 3: (logps, entropy or None), each (N,), 0 where the label is negative.
 
@@ -43,6 +48,8 @@ def token_logps(
     valid = labels >= 0
     x = logits.reshape(-1, vocabulary).to(temperature.dtype)
     x = torch.where(valid[:, None], x, 0.0) / temperature[:, None]
+    if support is not None:
+        x = torch.where(support.words(vocabulary), x, -torch.inf)
     log_p = torch.log_softmax(x, dim=-1)
     logps = log_p.gather(-1, labels.clamp(0, vocabulary - 1)[:, None]).squeeze(-1)
     logps = torch.where(labels < vocabulary, logps, torch.nan)
@@ -52,6 +59,37 @@ def token_logps(
         finite = log_p.masked_fill(log_p == -torch.inf, 0.0)
         entropy = torch.where(valid, -(log_p.exp() * finite).sum(-1), 0.0)
     return torch.where(valid, logps, 0.0), entropy
+
+
+@dataclass(frozen=True)
+class Support:
+    """K of Eq. 1, token by token: the words of `mask`, but all of them where `full` (N,)."""
+
+    mask: SamplingMask
+    full: Tensor
+
+    @staticmethod
+    def of(mask: SamplingMask, labels: Tensor) -> tuple[Support, Tensor]:
+        """(the supports, where `labels` (N,) are not in theirs); masked labels are negative."""
+        token = mask.token_of()
+        is_label = (mask.token_ids == labels[token]).to(labels.dtype)
+        found = torch.zeros_like(labels).index_add(0, token, is_label) > 0
+        full = (mask.offsets.diff() == 0) | (labels < 0)
+        if mask.missing_label == "full":
+            full = full | ~found
+        return Support(mask, full), ~(found | full)
+
+    @property
+    def size(self) -> Tensor:
+        """(N,): how many words are in a token's set; 0 for all."""
+        return torch.where(self.full, 0, self.mask.offsets.diff())
+
+    def words(self, vocabulary: int) -> Tensor:
+        """(N, V): whether each is in the token's support."""
+        inside = self.full[:, None].repeat(1, vocabulary)
+        # A word that there is not is reported where the mask came in.
+        inside[self.mask.token_of(), self.mask.token_ids.long().clamp(max=vocabulary - 1)] = True
+        return inside
 
 
 @dataclass(frozen=True)
@@ -138,6 +176,7 @@ class Tokens:
 
     valid: Tensor
     labels: Tensor  # int64: -1 where masked, V where out of range; empty without logits
+    support: Support | None  # None: all words
     sequences: Segments | None
     groups: Segments
     token_weight: Tensor  # Eq. 4: the weight before the batch's denominator, that of the statistics
@@ -155,10 +194,29 @@ class Tokens:
     log_ratio_clamp: Tensor
 
     @staticmethod
-    def of(batch: Batch, objective: Objective, like: Tensor, vocabulary: int = 0) -> Tokens:
-        """Values are checked here: a ValueError on a CPU, NaN on a GPU."""
+    def of(
+        batch: Batch,
+        objective: Objective,
+        like: Tensor,
+        vocabulary: int = 0,
+        whole: int | None = None,
+    ) -> Tokens:
+        """Values are checked here: a ValueError on a CPU, NaN on a GPU.
+
+        `whole`: the vocabulary of all shards, where `vocabulary` is not known yet.
+        """
         valid, labels = _valid_labels(batch, vocabulary, like.device)
         one = torch.ones((), dtype=compute_dtype(like.dtype), device=like.device)
+        support, mask = None, batch.sampling_mask
+        if mask is not None:
+            words = vocabulary if whole is None else whole
+            expected = f"token_ids from 0 to {words - 1}, none twice in a set"
+            one = check(one, mask.largest < words, mask.largest, "sampling_mask", expected)
+            support, missing = Support.of(mask, labels)
+            expected = "each in the token's set of sampling_mask, or its missing_label='full'"
+            labels = torch.where(
+                missing, vocabulary, check(labels, ~missing, labels, "labels", expected)
+            )
         one, sequences = _sequences(batch, one)
         unscaled_weight, groups = _groups(batch, valid, one, sequences)
         token_weight = torch.where(valid, unscaled_weight, 0.0)
@@ -202,6 +260,7 @@ class Tokens:
         return Tokens(
             valid=valid,
             labels=labels,
+            support=support,
             sequences=sequences,
             groups=groups,
             token_weight=token_weight,
@@ -398,6 +457,11 @@ def _metrics(terms: TokenTerms, entropy: Tensor | None, tokens: Tokens) -> Tenso
         "loss/penalty": _total(weight * terms.penalty),
         "kl/ref": mean(zero if terms.kl is None else terms.kl),
         "entropy": mean(zero if entropy is None else entropy),
+    }
+    size = zero if tokens.support is None else tokens.support.size.to(d.dtype)
+    values |= {
+        "support/single": mean((size == 1).to(d.dtype)),
+        "support/size": _total(size) / (size > 0).sum().clamp(min=1),
     }
     return torch.stack([values[name] for name in METRICS])
 

@@ -257,14 +257,67 @@ void zero(T* row, std::int64_t vocabulary) {
   std::memset(row, 0, vocabulary * sizeof(T));
 }
 
+// The values of token i's support, as a row of their own.
+Float32* values_of(const RowTokens& a, std::int64_t i) {
+  return reinterpret_cast<Float32*>(a.support.values) + a.tokens.support_begin(i);
+}
+
+// Fill them with the logits of its words.
+template <typename T>
+void gather(const RowTokens& a, const T* logits, std::int64_t i) {
+  if (!a.has_support(i) || a.support.compact) return;
+  Float32* const values = values_of(a, i);
+  for (std::int64_t k = 0; k < a.tokens.support_count(i); ++k) {
+    store_one(values + k, load_one(logits + a.column(i, k)));
+  }
+}
+
+// body(z, columns, the label's): of the row or, where it has one, of its support.
+template <typename T, typename Body>
+Look look_at(const Rows& rows, const RowTokens& a, const Row<T>& row, std::int64_t i, Body body) {
+  if (!a.has_support(i)) return body(row.logits, rows.vocabulary, a.tokens.label(i));
+  return body(values_of(a, i), a.tokens.support_count(i), a.label_place(i));
+}
+
+// body(z, dz, columns, the label's), and the row's gradient.
+template <typename T, typename Body>
+void pull_back(const Rows& rows, const RowTokens& a, const Row<T>& row, std::int64_t i, Body body) {
+  if (!a.has_support(i)) {
+    return body(row.logits, row.dlogits, rows.vocabulary, a.tokens.label(i));
+  }
+  Float32* const values = values_of(a, i);
+  const std::int64_t count = a.tokens.support_count(i);
+  body(values, values, count, a.label_place(i));
+  if (a.support.compact) return;
+  zero(row.dlogits, rows.vocabulary);
+  for (std::int64_t k = 0; k < count; ++k) {
+    store_one(row.dlogits + a.column(i, k), plain_nan(load_one(values + k)));
+  }
+}
+
+// Of a masked token.
+template <typename T>
+void pull_back_nothing(const Rows& rows, const RowTokens& a, const Row<T>& row) {
+  if (!a.support.compact) zero(row.dlogits, rows.vocabulary);
+}
+
+// Whether a row is somebody else's.
+bool is_left_out(const RowTokens& a, std::int64_t i) {
+  return a.support.compact && a.tokens.label(i) >= 0 && !a.has_support(i);
+}
+
 template <bool kEntropy, typename T>
 void logps_forward_of(const CpuTarget& target, const Rows& rows, const LogpsForward& a) {
   for_each_row<T>(target, rows, [&](Row<T>& row) {
-    const std::int64_t i = a.token(row.r), label = a.tokens.label(i);
+    const std::int64_t i = a.token(row.r);
+    if (is_left_out(a, i)) return;
     Look look = {};
-    if (label >= 0) {
+    if (a.tokens.label(i) >= 0) {
       const Base2 base(a.tokens.temperature(i));
-      look = first_look<kEntropy, false>(row.logits, rows.vocabulary, label, base, row.kept);
+      gather(a, row.logits, i);
+      look = look_at(rows, a, row, i, [&](const auto* z, std::int64_t n, std::int64_t at) {
+        return first_look<kEntropy, false>(z, n, at, base, row.kept);
+      });
     }
     a.logps[i] = look.logp;
     a.top[i] = look.top;
@@ -277,14 +330,18 @@ template <bool kEntropy, typename T>
 void logps_backward_of(const CpuTarget& target, const Rows& rows, const LogpsBackward& a) {
   const float upstream = a.upstream ? *a.upstream : 1.0f;
   for_each_row<T>(target, rows, [&](const Row<T>& row) {
-    const std::int64_t i = a.token(row.r), label = a.tokens.label(i);
-    if (label < 0) return zero(row.dlogits, rows.vocabulary);
+    const std::int64_t i = a.token(row.r);
+    if (is_left_out(a, i)) return;
+    if (a.tokens.label(i) < 0) return pull_back_nothing(rows, a, row);
     const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
     const float temperature = a.tokens.temperature(i);
-    second_look<kEntropy>(row.logits, row.dlogits, rows.vocabulary, label, Base2(temperature),
-                          temperature, look, std::exp2(double(look.log_total)),
-                          a.grad_logps[i] * upstream,
-                          kEntropy ? a.grad_entropy[i] * upstream : 0.0f);
+    const float dentropy = kEntropy ? a.grad_entropy[i] * upstream : 0.0f;
+    gather(a, row.logits, i);
+    pull_back(rows, a, row, i, [&](const auto* z, auto* dz, std::int64_t n, std::int64_t at) {
+      second_look<kEntropy>(z, dz, n, at, Base2(temperature), temperature, look,
+                            std::exp2(double(look.log_total)), a.grad_logps[i] * upstream,
+                            dentropy);
+    });
   });
 }
 
@@ -293,30 +350,35 @@ void one_pass_of(const CpuTarget& target, const Rows& rows, const OnePass& a) {
   const Objective objective = a.tokens.objective();
   const float denominator = a.tokens.denominator();
   const auto first = [&](Row<T>& row) {
-    const std::int64_t i = a.token(row.r), label = a.tokens.label(i);
+    const std::int64_t i = a.token(row.r);
+    if (is_left_out(a, i)) return;
     row.look = {};
-    if (label >= 0) {
+    if (a.tokens.label(i) >= 0) {
       const Base2 base(a.tokens.temperature(i));
-      row.look =
-          first_look<kEntropy, !kEntropy>(row.logits, rows.vocabulary, label, base, row.kept);
+      gather(a, row.logits, i);
+      row.look = look_at(rows, a, row, i, [&](const auto* z, std::int64_t n, std::int64_t at) {
+        return first_look<kEntropy, !kEntropy>(z, n, at, base, row.kept);
+      });
     }
     a.logps[i] = row.look.logp;
     if (kEntropy) a.entropy[i] = row.look.entropy;
   };
   const auto second = [&](const Row<T>& row) {
-    const std::int64_t i = a.token(row.r), label = a.tokens.label(i);
-    if (label < 0) return zero(row.dlogits, rows.vocabulary);
+    const std::int64_t i = a.token(row.r);
+    if (is_left_out(a, i)) return;
+    if (a.tokens.label(i) < 0) return pull_back_nothing(rows, a, row);
     const Token token = a.tokens.token(i, denominator);
     const float temperature = a.tokens.temperature(i);
     const Base2 base(temperature);
     const float dlogp = loss_slope(objective, token, row.look.logp);
-    if (kEntropy) {
-      second_look<true>(row.logits, row.dlogits, rows.vocabulary, label, base, temperature,
-                        row.look, row.kept.total, dlogp, entropy_slope(objective, token.weight));
-    } else {
-      second_look(row.kept, row.dlogits, rows.vocabulary, label, base, temperature, row.look,
-                  dlogp);
-    }
+    pull_back(rows, a, row, i, [&](const auto* z, auto* dz, std::int64_t n, std::int64_t at) {
+      if (kEntropy) {
+        second_look<true>(z, dz, n, at, base, temperature, row.look, row.kept.total, dlogp,
+                          entropy_slope(objective, token.weight));
+      } else {
+        second_look(row.kept, dz, n, at, base, temperature, row.look, dlogp);
+      }
+    });
   };
   for_each_row<T>(target, rows, kEntropy ? 0 : rows.vocabulary, first, second);
 }

@@ -177,7 +177,8 @@ void finish(const CpuTarget& target, const Finish& a) {
       moment[0] += weight;
       moment[1] += weight * d;
       moment[2] += weight * d * d;
-      total.add(token, r, policy, penalty, kl, entropy, loss);
+      total.add(token, r, policy, penalty, kl, entropy, loss,
+                t.with_support ? t.support_size(i) : 0);
       ++valid;
       if (a.per_token) a.loss[i] = loss;
       if (a.logps_out) a.logps_out[i] = a.logps[i];

@@ -11,19 +11,35 @@ from torch import Tensor
 from ..batch import Batch
 from ..checks import invalid
 from ..objective import Objective
+from ..sampling import SamplingMask
 
 # The workspace, a flat float32 tensor; integers lie in it bit by bit. Its numbers, the tickets of
 # `means` and `finish` with the fault of `shard_combine`, the partial counts of prepare's programs
 # and whether each met a bad value (0 or 1), then for each token ROWS numbers, then for each unit
-# begin, end and group.
+# begin, end and group. The last SUPPORT_ROWS of a token's are written with a sampling mask alone.
 TICKETS = 8
 SHARD_FAULT = 10
 COUNTS = 16
 MOST_PARTS = 512
 FAULTS = COUNTS + MOST_PARTS
 HEADER = FAULTS + MOST_PARTS
-ROWS = 8
+ROWS = 11
+SUPPORT_ROWS = 3
 UNIT_ROWS = 3
+
+
+class Support(NamedTuple):
+    """Where a row's words are not all of its logits' (calls with a sampling mask).
+
+    token_ids (M,) int32 are those of the mask. values (M,) float32 hold the logits of the kept
+    words, and then their gradients. With `compact` the values are there already, no other logits
+    are, and tokens of the full vocabulary are left out; `logits` are then values, seen N times.
+    """
+
+    token_ids: Tensor
+    values: Tensor
+    first_word: int = 0  # of this shard
+    compact: bool = False
 
 
 class Column(NamedTuple):
@@ -120,6 +136,8 @@ class Tokens:
     on_policy: bool
     sequence_level: bool
     kl: str | None  # the estimator, where ref_logps were given
+    with_support: bool  # a sampling mask was given
+    support: Support | None = None  # for the row kernels, where one was given
 
     def row(self, index: int) -> Tensor:
         begin = HEADER + index * self.tokens
@@ -128,6 +146,16 @@ class Tokens:
     @property
     def labels(self) -> Tensor:
         return self.row(0).view(torch.int32)
+
+    @property
+    def supports(self) -> Tensor:
+        """(SUPPORT_ROWS, N) int32, written with a sampling mask alone.
+
+        The first of a token's ids that are words of these logits, their number, and that of its
+        whole set. The number is -1, and the last 0, where it has the full vocabulary.
+        """
+        begin, end = (HEADER + n * self.tokens for n in (ROWS - SUPPORT_ROWS, ROWS))
+        return self.workspace[begin:end].view(torch.int32).view(SUPPORT_ROWS, -1)
 
 
 @dataclass(slots=True)
@@ -155,6 +183,8 @@ class Prepare:
     vocabulary: int = 1  # labels are 0 ≤ label < vocabulary
     first_word: int = 0  # of this shard
     words: int = 1
+    sampling_mask: SamplingMask | None = None
+    sampling_vocabulary: int = 1  # the mask's words are less: those of all shards
     mean_over_unit: bool = False
     count_kind: int = 0  # of the denominator: 0 given, 1 valid tokens, 2 units with a valid token
     # variance_coef, temperature, denominator's factor, kl_coef, entropy_coef, log_ratio_clamp
@@ -188,6 +218,7 @@ class Prepare:
             objective.old_logps is None,
             objective.ratio_level == "sequence",
             None if objective.ref_logps is None else objective.kl_estimator,
+            batch.sampling_mask is not None,
         )
         if batch.normalizer is not None or batch.reduction == "none":
             count_kind = 0
@@ -210,6 +241,7 @@ class Prepare:
             unit_length=unit_length,
             units_per_group=batch.group_size,
             ignore_index=batch.ignore_index,
+            sampling_mask=batch.sampling_mask,
             mean_over_unit=batch.reduction == "seq-mean-token-mean",
             count_kind=count_kind,
             numbers=numbers,

@@ -30,8 +30,12 @@ def load(name: str) -> Any:
         raise ImportError(f"{build_report(name)}; {error}") from error
 
 
-# In the order of the structs Tokens and Prepare in csrc/kernels.h; of Prepare, `numbers` come last.
-_tokens = operator.attrgetter(*Tokens.__slots__)
+# In the order of the structs Tokens and Prepare in csrc/kernels.h; of Prepare, `numbers` and the
+# sampling mask come last.
+_tokens = operator.attrgetter(
+    "workspace", "tokens", "units", "groups", "parts", "on_policy", "sequence_level", "kl",
+    "with_support",
+)  # fmt: skip
 _prepare = operator.attrgetter(
     "advantages", "labels", "mask", "old_logps", "importance_weights", "variance_coef",
     "temperature", "ref_logps", "logps", "entropy", "cu_seqlens", "group_ids", "center",
@@ -61,7 +65,7 @@ class Launchers:
     ) -> None:  # fmt: skip
         """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward top and log_total."""
         self._launch(
-            "logps_forward", logits, logits, None, *_tokens(t), index, first, logps, top,
+            "logps_forward", logits, logits, None, *_tokens(t), t.support, index, first, logps, top,
             log_total, entropy,
         )  # fmt: skip
 
@@ -72,7 +76,7 @@ class Launchers:
     ) -> None:  # fmt: skip
         """Write into dlogits the gradient of logps and, with entropy, that of entropy (Eq. 8)."""
         self._launch(
-            "logps_backward", logits, logits, dlogits, *_tokens(t), index, first, logps, top,
+            "logps_backward", logits, logits, dlogits, *_tokens(t), t.support, index, first, logps, top,
             log_total, entropy, grad_logps, grad_entropy, upstream,
         )  # fmt: skip
 
@@ -81,7 +85,18 @@ class Launchers:
         logps: Tensor, entropy: Tensor | None,
     ) -> None:  # fmt: skip
         """Write Eq. 1 into logps, Eq. 3 into entropy and dL/dlogits (Eq. 7, 8) into dlogits."""
-        self._launch("one_pass", logits, logits, dlogits, *_tokens(t), index, first, logps, entropy)
+        self._launch(
+            "one_pass",
+            logits,
+            logits,
+            dlogits,
+            *_tokens(t),
+            t.support,
+            index,
+            first,
+            logps,
+            entropy,
+        )
 
     def scale(self, dlogits: Tensor, upstream: Tensor) -> None:
         """Multiply dlogits in place by the 0-dim upstream; 1 reads and writes nothing."""
@@ -91,7 +106,12 @@ class Launchers:
 
     def prepare(self, p: Prepare) -> None:
         """Write the workspace: what the other kernels read of the caller's tensors."""
-        self._launch("prepare", p.tokens.workspace, *_tokens(p.tokens), *_prepare(p))
+        mask = p.sampling_mask
+        words = None
+        if mask is not None:
+            full = mask.missing_label == "full"
+            words = (*mask.tensors(), mask.token_ids.shape[0], p.sampling_vocabulary, full)
+        self._launch("prepare", p.tokens.workspace, *_tokens(p.tokens), *_prepare(p), words)
 
     def means(self, t: Tokens, logps: Tensor, upstream: Column, means: Tensor) -> None:
         """Write Eq. 9 of each group into means (2, G): μ - 1, and κ."""

@@ -40,7 +40,7 @@ from .autograd import (
 )
 from .dtensor import gathered, is_dtensor
 from .products import Head, Products
-from .shard import VocabularyShard
+from .shard import VocabularyShard, reference_tokens
 
 # The ops; the gradients that are not `wanted` are empty. _HEAD: the fields of Head.
 
@@ -139,14 +139,16 @@ def linear_logps_forward(*arguments: Any) -> Any:
 def _check_backward(*arguments: Any) -> None:
     head, rest = _head_of(arguments)
     _check_head(head)
-    *saved, grad_logps, grad_entropy, upstream, with_entropy, backend = rest
+    *saved, grad_logps, grad_entropy, upstream, token_ids, layout, with_entropy, backend = rest
     hidden = head.hidden
+    ops.check_layout(layout)
     ops.check_backend(backend, hidden.new_empty(0, dtype=head.dtype))
     names = ("workspace", "logps", "top", "log_total", "entropy")
     ops.check_saved(
         hidden.shape[0], hidden.device, with_entropy, grad_logps=grad_logps,
         grad_entropy=grad_entropy, **dict(zip(names, saved, strict=True)),
     )  # fmt: skip
+    ops.check_support(saved[0], hidden.shape[0], token_ids)
     if upstream is not None:
         ops.check_is("upstream", upstream, torch.float32, hidden.device, ())
 
@@ -161,8 +163,9 @@ def linear_logps_backward(*arguments: Any) -> Any:
     """The logits once more, and their gradient, of tokens that get one from above."""
     head, rest = _head_of(arguments)
     workspace, logps, top, log_total, entropy, grad_logps, grad_entropy, *options = rest
-    upstream, with_entropy, backend = options
-    kernels, tokens = registry.load(backend), ops.row_tokens(workspace, logps.numel())
+    upstream, token_ids, layout, with_entropy, backend = options
+    kernels = registry.load(backend)
+    tokens = ops.row_tokens(workspace, logps.numel(), token_ids, layout)
     idle = grad_logps.reshape(-1) == 0
     if with_entropy:
         idle = idle & (grad_entropy.reshape(-1) == 0)
@@ -224,11 +227,13 @@ def _forward(hidden, head, bias, options, shard, asked):
 
 def _backward(ctx, saved, *gradients):
     """Of hidden states, head and bias, from those of log-probs and entropies."""
-    hidden, head, bias, *saved = saved
+    hidden, head, bias, token_ids, *saved = saved
     wanted = list(ctx.needs_input_grad[:3])
+    layout = None if ctx.shard is None else ctx.shard.layout
     dhidden, *others = linear_logps_backward(
-        hidden, head, bias, *ctx.options, wanted, *saved, *gradients, ctx.with_entropy, ctx.backend
-    )
+        hidden, head, bias, *ctx.options, wanted, *saved, *gradients, token_ids, layout,
+        ctx.with_entropy, ctx.backend,
+    )  # fmt: skip
     if ctx.shard is not None and wanted[0]:
         # Each rank has found what comes from its own words.
         dhidden = ctx.shard.sum(dhidden)
@@ -237,9 +242,9 @@ def _backward(ctx, saved, *gradients):
 
 
 def _save(ctx, inputs, saved, options, shard, asked):
-    ctx.save_for_backward(*inputs, *saved)
-    ctx.options, ctx.shard = options, shard
     call = ops.Call.of(asked)
+    ctx.save_for_backward(*inputs, call.token_ids, *saved)
+    ctx.options, ctx.shard = options, shard
     ctx.with_entropy, ctx.backend = call.with_entropy, call.backend
 
 
@@ -288,7 +293,7 @@ class _LinearGeneral(torch.autograd.Function):
     @first_derivative
     def backward(ctx, upstream, *_):
         *saved, slopes = ctx.saved_tensors
-        gradients = row_gradients(*slopes_of(ctx, saved[3:], slopes, upstream))
+        gradients = row_gradients(*slopes_of(ctx, saved[4:], slopes, upstream))
         return _backward(ctx, saved, *gradients)
 
 
@@ -462,15 +467,16 @@ class LinearLogits:
         self, batch: Batch, objective: Objective, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None, reference.Tokens]:
         weight, bias, shard = self.weight, self.bias, self.shard
-        vocabulary = self.vocabulary if shard is None else ops.UNKNOWN_VOCABULARY
-        tokens = reference.Tokens.of(batch, objective, self.hidden, vocabulary)
+        tokens = reference_tokens(batch, objective, self.hidden, self.vocabulary, shard)
         labels = tokens.labels
         hidden = torch.where((labels >= 0)[:, None], self.hidden, 0)
         if shard is not None:
             labels, weight = shard.checked(labels), shard.gather(weight, 0)
             bias = None if bias is None else shard.gather(bias, 0)
         logits = reference.linear_logits(hidden, weight, bias, self.softcap, self.logit_scale)
-        logps = reference.token_logps(logits, labels, tokens.temperature, with_entropy)
+        logps = reference.token_logps(
+            logits, labels, tokens.temperature, with_entropy, tokens.support
+        )
         return *logps, tokens
 
 

@@ -26,7 +26,7 @@ from .autograd import (
     takes_one_pass,
     unshared,
 )
-from .shard import VocabularyShard
+from .shard import VocabularyShard, reference_tokens
 
 
 class _OnePass(torch.autograd.Function):
@@ -64,7 +64,14 @@ def _logps_forward(logits, shard, asked):
     return shard.combine(found, ops.Call.of(asked))
 
 
-def _logps_backward(ctx, logits, *arguments):
+def _save(ctx, inplace, shard, call):
+    """All that backward takes but for tensors that were found."""
+    ctx.inplace, ctx.with_entropy, ctx.backend = inplace, call.with_entropy, call.backend
+    ctx.layout = None if shard is None else shard.layout
+
+
+def _logps_backward(ctx, logits, token_ids, *arguments):
+    arguments = *arguments, token_ids, ctx.layout, ctx.with_entropy, ctx.backend
     if ctx.inplace and not graph_is_kept():
         dlogits = logits.detach()
         ops.logps_backward_(dlogits, *arguments)
@@ -76,19 +83,19 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, inplace, shard, *asked):
         workspace, *saved = _logps_forward(logits, shard, asked)
-        ctx.save_for_backward(logits, workspace, *saved)
         call = ops.Call.of(asked)
-        ctx.inplace, ctx.options = inplace, (call.with_entropy, call.backend)
+        ctx.save_for_backward(logits, call.token_ids, workspace, *saved)
+        _save(ctx, inplace, shard, call)
         ctx.set_materialize_grads(False)
         return unshared(saved, ctx.needs_input_grad[0])
 
     @staticmethod
     @first_derivative
     def backward(ctx, grad_logps, grad_entropy):
-        logits, *saved = ctx.saved_tensors
+        logits, token_ids, *saved = ctx.saved_tensors
         _, logps, *_, entropy = saved
         upstream = dense(grad_logps, logps), dense(grad_entropy, entropy), None
-        return (_logps_backward(ctx, logits, *saved, *upstream, *ctx.options),)
+        return (_logps_backward(ctx, logits, token_ids, *saved, *upstream),)
 
 
 class _General(torch.autograd.Function):
@@ -106,8 +113,8 @@ class _General(torch.autograd.Function):
         *results, slopes = ops.finish(
             workspace, logps, entropy, None, groups, *finish_options, with_slopes, call.backend
         )
-        ctx.save_for_backward(logits, *saved, slopes)
-        ctx.inplace, ctx.with_entropy, ctx.backend = inplace, call.with_entropy, call.backend
+        ctx.save_for_backward(logits, call.token_ids, *saved, slopes)
+        _save(ctx, inplace, shard, call)
         ctx.finish_options = groups, *finish_options
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
@@ -116,9 +123,9 @@ class _General(torch.autograd.Function):
     @staticmethod
     @first_derivative
     def backward(ctx, upstream, *_):
-        logits, *saved, slopes = ctx.saved_tensors
+        logits, token_ids, *saved, slopes = ctx.saved_tensors
         gradients = row_gradients(*slopes_of(ctx, saved, slopes, upstream))
-        return (_logps_backward(ctx, logits, *saved, *gradients, ctx.with_entropy, ctx.backend),)
+        return (_logps_backward(ctx, logits, token_ids, *saved, *gradients),)
 
 
 @dataclass(slots=True)
@@ -213,12 +220,13 @@ class Logits:
         self, batch: Batch, objective: Objective, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None, reference.Tokens]:
         logits, shard = self.logits, self.shard
-        vocabulary = self.vocabulary if shard is None else ops.UNKNOWN_VOCABULARY
-        tokens = reference.Tokens.of(batch, objective, logits, vocabulary)
+        tokens = reference_tokens(batch, objective, logits, self.vocabulary, shard)
         labels = tokens.labels
         if shard is not None:
             logits, labels = shard.gather(logits, -1), shard.checked(labels)
-        logps = reference.token_logps(logits, labels, tokens.temperature, with_entropy)
+        logps = reference.token_logps(
+            logits, labels, tokens.temperature, with_entropy, tokens.support
+        )
         return *logps, tokens
 
 

@@ -237,6 +237,16 @@ class VocabularyShard:
         return _all_reduce(wide, "SUM", self.group).to(x.dtype)
 
 
+def reference_tokens(
+    batch: Batch, objective: Objective, like: Tensor, words: int, shard: VocabularyShard | None
+) -> reference.Tokens:
+    """Of logits of so many words, all or those of a shard, whose labels `checked` knows."""
+    if shard is None:
+        return reference.Tokens.of(batch, objective, like, words)
+    whole = int(shard.layout[1])
+    return reference.Tokens.of(batch, objective, like, ops.UNKNOWN_VOCABULARY, whole)
+
+
 class _Source(Protocol):
     """A source of logits that can be a shard's."""
 

@@ -1,0 +1,217 @@
+"""The kept sets of top-k, top-p and min-p sampling: the words that each token was sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    MISSING_LABELS,
+    MissingLabel,
+    check_choice,
+    check_device,
+    check_integer,
+    invalid,
+    may_synchronise,
+)
+
+# Larger than any word: what `largest` says of sets that are wrong.
+NO_WORD = 2**62
+
+
+class SamplingMask:
+    """For each token the words that it was sampled from; the policy is renormalised over them:
+
+        p_j = exp(x_j) / Σ_{k in the set} exp(x_k) inside the set, 0 outside;    x = z / temperature
+
+    Log-probs, ratio, entropy and gradients are those of that distribution (K of Eq. 1). An empty
+    set stands for the full vocabulary.
+
+    Args:
+        token_ids: (M,) integers ≥ 0, one set after another, in any order within a set, none twice.
+        offsets: (N + 1,) integers that rise from 0 to M: the set of token i, in the order of the
+            flattened labels, is token_ids[offsets[i] : offsets[i + 1]]. Masked tokens have sets
+            too, which are not read; an empty one does.
+        missing_label: what becomes of a token whose label is not in its set: "error", or "full",
+            the full vocabulary.
+
+    `len()` counts the tokens; `mask[a:b]` and `mask[index]`, with an integer tensor, select some.
+    The sets are sorted once, here, for all calls that they are passed to.
+
+    Raises: ValueError or TypeError that names what is wrong. What tensors on a GPU hold is checked
+        there: bad sets make the loss of each call NaN, or raise here with R2VPO_KERNELS_VALIDATE=1
+        at the price of a sync.
+
+    Source: docs/derivation, Eq. 1.
+    """
+
+    __slots__ = ("largest", "missing_label", "offsets", "token_ids")
+
+    token_ids: Tensor  # int32, rising within each set
+    offsets: Tensor  # int64
+    largest: Tensor  # 0-dim int64: no id is larger; NO_WORD where the sets are wrong
+    missing_label: MissingLabel
+
+    def __init__(
+        self, token_ids: Tensor, offsets: Tensor, *, missing_label: MissingLabel = "error"
+    ) -> None:
+        for name, value in (("token_ids", token_ids), ("offsets", offsets)):
+            check_integer(name, value)
+            if value.dim() != 1:
+                raise invalid(name, value, "one dimension")
+        check_device("offsets", offsets, token_ids.device)
+        check_choice("missing_label", missing_label, MISSING_LABELS)
+        count = token_ids.shape[0]
+        if offsets.shape[0] < (2 if count else 1):
+            raise invalid("offsets", offsets, f"shape (tokens + 1,) for {count} ids")
+        if count >= 2**31:
+            raise invalid("token_ids", token_ids, "less than 2^31 of them")
+        ids, given = token_ids.long(), offsets.long()
+        # Whatever came, no set may reach outside the ids.
+        self.offsets = given.clamp(0, count).cummax(0).values
+        token = _token_of(self.offsets, count)
+        by_word = ids.argsort(stable=True)
+        ids = ids[by_word[token[by_word].argsort(stable=True)]]
+
+        rises = (given[:1] == 0).all() & (given[-1:] == count).all() & (given.diff() >= 0).all()
+        negative = ids < 0
+        twice = (ids.diff() == 0) & (token.diff() == 0)
+        if may_synchronise(token_ids):
+            if not rises:
+                raise invalid("offsets", given.tolist(), f"numbers that rise from 0 to {count}")
+            if negative.any():
+                raise invalid("token_ids", ids[negative][0].item(), "ids of at least 0")
+            if twice.any():
+                at = twice.nonzero()[0, 0]
+                raise invalid(
+                    "token_ids",
+                    f"{ids[at].item()} twice in the set of token {token[at].item()}",
+                    "each id once",
+                )
+        largest = torch.cat([ids, ids.new_full((1,), -1)]).amax()
+        wrong = ~rises | negative.any() | twice.any()
+        self.largest = torch.where(wrong, NO_WORD, largest)
+        self.token_ids = ids.clamp(0, 2**31 - 1).int()
+        self.missing_label = missing_label
+
+    @staticmethod
+    def from_lists(
+        sets: Sequence[Any],
+        *,
+        device: torch.device | str | None = None,
+        missing_label: MissingLabel = "error",
+    ) -> SamplingMask:
+        """From one list of ids for each token, or None for the full vocabulary."""
+        counts = [0 if ids is None else len(ids) for ids in sets]
+        flat = list(chain.from_iterable(ids for ids in sets if ids is not None))
+        token_ids = torch.tensor(flat, dtype=None if flat else torch.int64, device=device)
+        return SamplingMask.from_counts(
+            token_ids, torch.tensor(counts, device=device), missing_label=missing_label
+        )
+
+    @staticmethod
+    def from_counts(
+        token_ids: Tensor, counts: Tensor, *, missing_label: MissingLabel = "error"
+    ) -> SamplingMask:
+        """From the ids (M,) of all sets, and how many each of them has (N,)."""
+        check_integer("counts", counts)
+        if counts.dim() != 1:
+            raise invalid("counts", counts, "one dimension")
+        offsets = torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        return SamplingMask(token_ids, offsets, missing_label=missing_label)
+
+    @staticmethod
+    def from_padded(
+        token_ids: Tensor,
+        *,
+        pad: int | None = None,
+        sizes: Tensor | None = None,
+        missing_label: MissingLabel = "error",
+    ) -> SamplingMask:
+        """From (N, K) or (B, T, K) ids.
+
+        A set is what is not `pad` (default -1), or the first of `sizes` (N,) or (B, T) ids. On a
+        GPU this waits for it once.
+        """
+        check_integer("token_ids", token_ids)
+        if token_ids.dim() not in (2, 3):
+            raise invalid("token_ids", token_ids, "shape (N, K) or (B, T, K)")
+        if sizes is None:
+            inside = token_ids != (-1 if pad is None else pad)
+        else:
+            check_integer("sizes", sizes)
+            most = token_ids.shape[-1]
+            if pad is not None:
+                raise invalid("pad", pad, "None where sizes are given")
+            if sizes.shape != token_ids.shape[:-1]:
+                raise invalid("sizes", sizes, f"shape {tuple(token_ids.shape[:-1])}")
+            if may_synchronise(sizes) and ((sizes < 0) | (sizes > most)).any():
+                raise invalid("sizes", f"up to {sizes.max().item()}", f"numbers from 0 to {most}")
+            inside = torch.arange(most, device=token_ids.device) < sizes[..., None]
+        counts = inside.sum(-1).reshape(-1)
+        return SamplingMask.from_counts(token_ids[inside], counts, missing_label=missing_label)
+
+    def __len__(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def __repr__(self) -> str:
+        return (
+            f"SamplingMask({self.token_ids.shape[0]} ids for {len(self)} tokens, "
+            f"missing_label={self.missing_label!r})"
+        )
+
+    def __getitem__(self, tokens: slice | Tensor) -> SamplingMask:
+        """The sets of these tokens: a slice of step 1, or integers. On a GPU it waits for it."""
+        if isinstance(tokens, slice):
+            begin, end, step = tokens.indices(len(self))
+            if step != 1:
+                raise invalid("tokens", tokens, "a slice of step 1, or a tensor of integers")
+            offsets = self.offsets[begin : max(begin, end) + 1]
+            first, last = offsets[[0, -1]].tolist()
+            return self._of(self.token_ids[first:last], offsets - first)
+        check_integer("tokens", tokens)
+        if tokens.dim() != 1:
+            raise invalid("tokens", tokens, "one dimension")
+        begins = self.offsets[:-1][tokens]
+        counts = self.offsets.diff()[tokens]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        place = torch.arange(int(offsets[-1]), device=offsets.device)
+        place += (begins - offsets[:-1]).repeat_interleave(counts)
+        return self._of(self.token_ids[place], offsets)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SamplingMask:
+        """The same on another device."""
+        ids, offsets, largest = (x.to(device, non_blocking=non_blocking) for x in self.tensors())
+        return SamplingMask.of(ids, offsets, largest, self.missing_label)
+
+    def token_of(self) -> Tensor:
+        """(M,) int64: the token whose set each id is in."""
+        return _token_of(self.offsets, self.token_ids.shape[0])
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `of` takes."""
+        return self.token_ids, self.offsets, self.largest
+
+    @staticmethod
+    def of(
+        token_ids: Tensor, offsets: Tensor, largest: Tensor, missing_label: MissingLabel
+    ) -> SamplingMask:
+        """Of the fields of another one."""
+        mask = SamplingMask.__new__(SamplingMask)
+        mask.token_ids, mask.offsets, mask.largest = token_ids, offsets, largest
+        mask.missing_label = missing_label
+        return mask
+
+    def _of(self, token_ids: Tensor, offsets: Tensor) -> SamplingMask:
+        return SamplingMask.of(token_ids, offsets, self.largest, self.missing_label)
+
+
+def _token_of(offsets: Tensor, count: int) -> Tensor:
+    position = torch.arange(count, device=offsets.device)
+    token = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
+    # Offsets that end early (and are reported) leave no index outside.
+    return token.clamp(max=max(offsets.shape[0] - 2, 0))
