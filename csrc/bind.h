@@ -169,7 +169,7 @@ inline void take(Arguments& a, Rows& to) {
 inline void take(Arguments& a, Prepare& to) {
   to = {tokens(a), column(a), column(a), column(a), column(a), column(a), column(a), column(a),
         column(a), column(a), column(a), vector(a), vector(a), vector(a), vector(a), a, a, a, a, a,
-        a, a, a, {}, nullptr, a, a, a, {}};
+        a, a, a, {}, nullptr, a, a, a, a, {}};
   PyObject* const numbers = a.next();
   if (PyTuple_Check(numbers)) {
     Arguments number(numbers);
@@ -190,6 +190,29 @@ inline void take(Arguments& a, LogpsForward& to) { to = {row_tokens(a), a, a, a,
 inline void take(Arguments& a, LogpsBackward& to) { to = {row_tokens(a), a, a, a, a, a, a, a}; }
 inline void take(Arguments& a, OnePass& to) { to = {row_tokens(a), a, a}; }
 inline void take(Arguments& a, Scale& to) { to = {a}; }
+
+// Of hidden states (N, H) and a head (V, H).
+inline Head head(Arguments& a) {
+  Head to = {};
+  static_cast<RowTokens&>(to) = row_tokens(a);
+  const Tensor hidden(a.next()), weight(a.next());
+  const py::object shape = weight.shape();
+  const py::object of_hidden = hidden.strides(), of_weight = weight.strides();
+  Arguments size(shape), hidden_stride(of_hidden), weight_stride(of_weight);
+  to.dtype = weight.dtype();
+  to.words = size;
+  to.width = size;
+  to.hidden = hidden.data();
+  to.hidden_stride = hidden_stride;
+  to.weight = weight.data();
+  to.weight_stride = weight_stride;
+  to.scale = a;
+  to.slopes = a;
+  return to;
+}
+inline void take(Arguments& a, HeadLogits& to) { to = {head(a), a, a}; }
+inline void take(Arguments& a, HeadDhidden& to) { to = {head(a), a}; }
+inline void take(Arguments& a, HeadDweight& to) { to = {head(a), a, a, a, a, a, a, a}; }
 
 // A method of K that launches a kernel, with the arguments target, rows if it has them, the rest.
 template <typename K, typename Of, typename Target, typename... A>
@@ -223,6 +246,9 @@ py::class_<K> bind_kernels(py::module_& m) {
   bind(kernels, "shard_parts", &K::shard_parts);
   bind(kernels, "shard_combine", &K::shard_combine);
   bind(kernels, "dual_step", &K::dual_step);
+  bind(kernels, "head_logits", &K::head_logits);
+  bind(kernels, "head_dhidden", &K::head_dhidden);
+  bind(kernels, "head_dweight", &K::head_dweight);
   return kernels;
 }
 

@@ -132,6 +132,7 @@ struct Prepare {
   float* logps_out;             // null where not wanted, as the next two
   float* entropy_out;
   std::uint8_t* activity;
+  bool sparse_head;  // which then is 3 of tokens that have a support
   SamplingMask sampling_mask;
 };
 
@@ -272,6 +273,40 @@ struct Scale {
   const float* upstream;
 };
 
+// Hidden states and a head, of whose products the words of each token's support are formed.
+struct Head : RowTokens {
+  Dtype dtype;  // of both, and of the bias
+  std::int64_t width, words;
+  const void* hidden;
+  std::int64_t hidden_stride;
+  const void* weight;
+  std::int64_t weight_stride;
+  float scale;
+  float* slopes;  // of the softcap, at each kept word; null where there is none
+};
+
+// Into support.values the logits of Eq. 27, and into slopes.
+struct HeadLogits : Head {
+  const void* bias;
+  float softcap;
+};
+
+// From support.values, which now are dL/dz.
+struct HeadDhidden : Head {
+  void* dhidden;  // contiguous
+};
+
+// Of every word, once; on top of what is there, or in its place.
+struct HeadDweight : Head {
+  const std::int32_t* by_word;   // the places of all ids, by word and, of one word, by token
+  const std::int32_t* token_of;  // the token of each id
+  std::int64_t pairs;            // how many ids there are
+  void* dweight;                 // contiguous; null where not wanted, as the next
+  void* dbias;
+  bool in_float32;               // what is written, otherwise of the head's dtype
+  bool on_top;
+};
+
 // The kernels of one backend, or of one instruction set; Target says where they run.
 template <typename Target>
 struct Kernels {
@@ -285,6 +320,10 @@ struct Kernels {
   void (*shard_parts)(const Target&, const ShardParts&);
   void (*shard_combine)(const Target&, const ShardCombine&);
   void (*dual_step)(const Target&, const DualStep&);
+  // Null where the backend has none.
+  void (*head_logits)(const Target&, const HeadLogits&);
+  void (*head_dhidden)(const Target&, const HeadDhidden&);
+  void (*head_dweight)(const Target&, const HeadDweight&);
 };
 
 // What the first look at a row finds: the label's log-prob, max z, log2 of the sum about it, the

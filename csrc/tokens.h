@@ -236,7 +236,8 @@ R2VPO_TOKEN bool write_token(const Prepare& p, const Numbers& numbers, std::int6
     const bool still = advantage == 0.0f && level && numbers.kl_coef == 0.0f &&
                        numbers.entropy_coef == 0.0f;
     // The one word of its set has all the probability.
-    p.activity[i] = static_cast<std::uint8_t>(valid ? still || support.size == 1 : 2);
+    const int activity = valid ? still || support.size == 1 : 2;
+    p.activity[i] = static_cast<std::uint8_t>(p.sparse_head && support.count >= 0 ? 3 : activity);
   }
   return bad;
 }

@@ -161,6 +161,11 @@ class Call:
         mask = self.batch.sampling_mask
         return None if mask is None else mask.token_ids
 
+    @property
+    def offsets(self) -> Tensor | None:
+        mask = self.batch.sampling_mask
+        return None if mask is None else mask.offsets
+
     def numbers(self) -> list[float]:
         batch, objective = self.batch, self.objective
         coef, temperature, factor = objective.variance_coef, objective.temperature, batch.normalizer

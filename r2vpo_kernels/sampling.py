@@ -49,12 +49,13 @@ class SamplingMask:
     Source: docs/derivation, Eq. 1.
     """
 
-    __slots__ = ("largest", "missing_label", "offsets", "token_ids")
+    __slots__ = ("_by_word", "largest", "missing_label", "offsets", "token_ids")
 
     token_ids: Tensor  # int32, rising within each set
     offsets: Tensor  # int64
     largest: Tensor  # 0-dim int64: no id is larger; NO_WORD where the sets are wrong
     missing_label: MissingLabel
+    _by_word: Tensor | None
 
     def __init__(
         self, token_ids: Tensor, offsets: Tensor, *, missing_label: MissingLabel = "error"
@@ -73,7 +74,7 @@ class SamplingMask:
         ids, given = token_ids.long(), offsets.long()
         # Whatever came, no set may reach outside the ids.
         self.offsets = given.clamp(0, count).cummax(0).values
-        token = _token_of(self.offsets, count)
+        token = token_of_each(self.offsets, count)
         by_word = ids.argsort(stable=True)
         ids = ids[by_word[token[by_word].argsort(stable=True)]]
 
@@ -97,6 +98,7 @@ class SamplingMask:
         self.largest = torch.where(wrong, NO_WORD, largest)
         self.token_ids = ids.clamp(0, 2**31 - 1).int()
         self.missing_label = missing_label
+        self._by_word = None
 
     @staticmethod
     def from_lists(
@@ -190,7 +192,7 @@ class SamplingMask:
 
     def token_of(self) -> Tensor:
         """(M,) int64: the token whose set each id is in."""
-        return _token_of(self.offsets, self.token_ids.shape[0])
+        return token_of_each(self.offsets, self.token_ids.shape[0])
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """What `of` takes."""
@@ -204,14 +206,27 @@ class SamplingMask:
         mask = SamplingMask.__new__(SamplingMask)
         mask.token_ids, mask.offsets, mask.largest = token_ids, offsets, largest
         mask.missing_label = missing_label
+        mask._by_word = None
         return mask
+
+    def by_word(self) -> Tensor:
+        """(M,) int32: the places of all ids by word and, of one word, by token. It is kept."""
+        if self._by_word is None:
+            self._by_word = order_by_word(self.token_ids)
+        return self._by_word
 
     def _of(self, token_ids: Tensor, offsets: Tensor) -> SamplingMask:
         return SamplingMask.of(token_ids, offsets, self.largest, self.missing_label)
 
 
-def _token_of(offsets: Tensor, count: int) -> Tensor:
+def token_of_each(offsets: Tensor, count: int) -> Tensor:
+    """(count,) int64: the token whose set each id is in."""
     position = torch.arange(count, device=offsets.device)
     token = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
     # Offsets that end early (and are reported) leave no index outside.
     return token.clamp(max=max(offsets.shape[0] - 2, 0))
+
+
+def order_by_word(token_ids: Tensor) -> Tensor:
+    """(M,) int32: the places of all ids by word and, of one word, by token."""
+    return token_ids.argsort(stable=True).int()

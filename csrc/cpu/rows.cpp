@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "head.h"
 #include "huge_pages.h"
 #include "vector.h"
 
@@ -441,6 +442,21 @@ void scale(const CpuTarget& target, const Rows& rows, const Scale& a) {
   with_type(rows.dtype, [&](auto z) { scale_of<decltype(z)>(target, rows, a); });
 }
 
+void head_logits(const CpuTarget& target, const HeadLogits& a) {
+  with_type(a.dtype, [&](auto z) { head_logits_of<decltype(z)>(target, a); });
+}
+
+void head_dhidden(const CpuTarget& target, const HeadDhidden& a) {
+  with_type(a.dtype, [&](auto z) { head_dhidden_of<decltype(z)>(target, a); });
+}
+
+void head_dweight(const CpuTarget& target, const HeadDweight& a) {
+  with_type(a.dtype, [&](auto z) {
+    using T = decltype(z);
+    a.in_float32 ? head_dweight_of<T, Float32>(target, a) : head_dweight_of<T, T>(target, a);
+  });
+}
+
 void exp2_of(const float* in, float* out, std::int64_t count) {
   const Float32* from = reinterpret_cast<const Float32*>(in);
   transform(from, reinterpret_cast<Float32*>(out), count,
@@ -451,7 +467,7 @@ void exp2_of(const float* in, float* out, std::int64_t count) {
 
 extern const CpuKernels R2VPO_KERNELS = {
     {logps_forward, logps_backward, one_pass, scale, prepare, means, finish, shard_parts,
-     shard_combine, dual_step},
+     shard_combine, dual_step, head_logits, head_dhidden, head_dweight},
     exp2_of};
 
 }  // namespace r2vpo

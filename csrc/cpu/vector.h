@@ -230,12 +230,13 @@ inline void store(Half* to, Pair x) {
   std::memcpy(to, &halves, sizeof(halves));
 }
 
-// The first `count` columns in memory; the others are -inf, which adds nothing to any sum here.
+// The first `count` columns in memory; the others are `nothing`: -inf adds nothing to a sum of
+// exponentials.
 template <typename T>
-inline Pair load_part(const T* from, std::int64_t count) {
+inline Pair load_part(const T* from, std::int64_t count,
+                      float nothing = -std::numeric_limits<float>::infinity()) {
   T part[kStep];
-  const Floats nothing = broadcast(-std::numeric_limits<float>::infinity());
-  store(part, {nothing, nothing});
+  store(part, {broadcast(nothing), broadcast(nothing)});
   std::memcpy(part, from, count * sizeof(T));
   return load(part);
 }
@@ -259,6 +260,22 @@ inline void store_part(T* to, Pair x, std::int64_t count) {
   T part[kStep];
   store(part, x);
   std::memcpy(to, part, count * sizeof(T));
+}
+
+// Zeros, past the cache where the processor can: they are not read again here, and what they
+// overwrite is not read first.
+inline void stream_zeros(void* to, std::size_t bytes) {
+#if defined(__x86_64__)
+  char* begin = static_cast<char*>(to);
+  char* const end = begin + bytes;
+  for (; begin < end && reinterpret_cast<std::uintptr_t>(begin) % 16 != 0; ++begin) *begin = 0;
+  for (; begin + 16 <= end; begin += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(begin), _mm_setzero_si128());
+  }
+  std::memset(begin, 0, end - begin);
+#else
+  std::memset(to, 0, bytes);
+#endif
 }
 
 // Results too small for a normal number become 0 while this lives: on x86 an instruction that meets

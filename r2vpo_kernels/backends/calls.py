@@ -191,7 +191,9 @@ class Prepare:
     numbers: tuple[float, ...] | Tensor = field(default=(0.0, 1.0, 1.0, 0.0, 0.0, 20.0))
     logps_out: Tensor | None = None
     entropy_out: Tensor | None = None
-    activity: Tensor | None = None  # uint8: 0 has a gradient, 1 it is known to be 0, 2 masked
+    # uint8: 0 has a gradient, 1 it is known to be 0, 2 masked, 3 left to the sparse head
+    activity: Tensor | None = None
+    sparse_head: bool = False
 
     @staticmethod
     def of(

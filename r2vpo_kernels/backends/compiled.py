@@ -11,6 +11,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .calls import Column, Prepare, Tokens
@@ -40,7 +41,8 @@ _prepare = operator.attrgetter(
     "advantages", "labels", "mask", "old_logps", "importance_weights", "variance_coef",
     "temperature", "ref_logps", "logps", "entropy", "cu_seqlens", "group_ids", "center",
     "normalizer", "unit_length", "units_per_group", "ignore_index", "vocabulary", "first_word",
-    "words", "mean_over_unit", "count_kind", "logps_out", "entropy_out", "activity", "numbers",
+    "words", "mean_over_unit", "count_kind", "logps_out", "entropy_out", "activity",
+    "sparse_head", "numbers",
 )  # fmt: skip
 
 
@@ -152,6 +154,46 @@ class Launchers:
         self._launch(
             "shard_combine", t.workspace, *_tokens(t), ranks, parts, logps, log_total, entropy
         )
+
+    # The sparse head. values of t.support: the logits of the kept words, then their gradients; the
+    # head is that of Eq. 27, with logit_scale, and slopes (M,) are its softcap's, if it has one.
+
+    def head_logits(
+        self, t: Tokens, hidden: Tensor, weight: Tensor, scale: float, slopes: Tensor | None,
+        bias: Tensor | None, softcap: float,
+    ) -> None:  # fmt: skip
+        """Write Eq. 27 into values, of each token's kept words, and into slopes."""
+        self._launch(
+            "head_logits", hidden, *_tokens(t), t.support, None, 0, hidden, weight, scale, slopes,
+            bias, softcap,
+        )  # fmt: skip
+
+    def head_dhidden(
+        self, t: Tokens, hidden: Tensor, weight: Tensor, scale: float, slopes: Tensor | None,
+        dhidden: Tensor,
+    ) -> None:  # fmt: skip
+        """Write Eq. 28 into the rows of dhidden (N, H) of tokens that have a support."""
+        self._launch(
+            "head_dhidden", hidden, *_tokens(t), t.support, None, 0, hidden, weight, scale, slopes,
+            dhidden,
+        )  # fmt: skip
+
+    def head_dweight(
+        self, t: Tokens, hidden: Tensor, weight: Tensor, scale: float, slopes: Tensor | None,
+        by_word: Tensor, token_of: Tensor, dweight: Tensor | None, dbias: Tensor | None,
+        on_top: bool,
+    ) -> None:  # fmt: skip
+        """Write Eq. 28 into every row of dweight (V, H) and dbias (V, 1), or add it.
+
+        by_word and token_of (M,) int32: the places of all ids by word, and the token of each.
+        """
+        total = dbias if dweight is None else dweight
+        assert total is not None
+        self._launch(
+            "head_dweight", hidden, *_tokens(t), t.support, None, 0, hidden, weight, scale, slopes,
+            by_word, token_of, by_word.shape[0], dweight, dbias, total.dtype == torch.float32,
+            on_top,
+        )  # fmt: skip
 
     # The dual.
 

@@ -25,6 +25,7 @@ from ..checks import (
     invalid,
 )
 from ..objective import Objective
+from ..sampling import order_by_word
 from .autograd import (
     Result,
     dense,
@@ -41,11 +42,12 @@ from .autograd import (
 from .dtensor import gathered, is_dtensor
 from .products import Head, Products
 from .shard import VocabularyShard, reference_tokens
+from .sparse import SparseHead, can_serve, is_worthwhile
 
 # The ops; the gradients that are not `wanted` are empty. _HEAD: the fields of Head.
 
 _HEAD = """Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float logit_scale,
-    ScalarType dtype, int chunk_tokens, bool compact, bool[] wanted"""
+    ScalarType dtype, int chunk_tokens, bool compact, bool[] wanted, bool sparse"""
 _HEAD_LENGTH = _HEAD.count(",") + 1
 _GRADIENTS = "Tensor, Tensor, Tensor"
 
@@ -55,7 +57,7 @@ def _head_of(arguments: tuple[Any, ...]) -> tuple[Head, tuple[Any, ...]]:
     return Head(*arguments[:_HEAD_LENGTH]), arguments[_HEAD_LENGTH:]
 
 
-def _check_head(head: Head) -> None:
+def _check_head(head: Head, backend: str, token_ids: Tensor | None) -> None:
     hidden, weight, bias, wanted = head.hidden, head.weight, head.bias, head.wanted
     if hidden.dim() != 2:
         raise invalid("hidden", hidden, "shape (N, H)")
@@ -65,14 +67,16 @@ def _check_head(head: Head) -> None:
         raise invalid("bias", bias, f"shape ({weight.shape[0]},)")
     if len(wanted) != 3 or (bias is None and wanted[2]):
         raise invalid("wanted", wanted, "three booleans, of gradients that there are")
+    if head.sparse and (token_ids is None or not can_serve(backend, head.compact)):
+        raise invalid("sparse", True, "False here, or a sampling mask, compact and backend 'cpp'")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             check_device(name, value, hidden.device)
 
 
 def _check_call(head: Head, flat: tuple[Any, ...]) -> None:
-    _check_head(head)
     hidden, call = head.hidden, ops.Call.of(flat)
+    _check_head(head, call.backend, call.token_ids)
     ops.check_backend(call.backend, hidden.new_empty(0, dtype=head.dtype))
     if call.batch.tokens != hidden.shape[0] or call.batch.labels is None:
         raise invalid("labels", call.batch.labels, f"{hidden.shape[0]} integers")
@@ -87,7 +91,7 @@ def _prepare(
     kernels, hidden = registry.load(call.backend), head.hidden
     arguments = ops.arguments_of(call, hidden.device, head.weight.shape[0], layout)
     activity = hidden.new_empty(call.batch.tokens, dtype=torch.uint8)
-    arguments.activity = activity
+    arguments.activity, arguments.sparse_head = activity, head.sparse
     tokens = ops.prepare(kernels, call, arguments)
     logps = hidden.new_zeros(call.batch.shape, dtype=torch.float32)
     entropy = torch.zeros_like(logps) if call.with_entropy else logps.new_empty(0)
@@ -133,14 +137,27 @@ def linear_logps_forward(*arguments: Any) -> Any:
     outputs = logps, top, log_total, entropy if call.with_entropy else None
     for rows in products.gradient_chunks:
         kernels.logps_forward(products.logits(rows), tokens, *_place(rows), *outputs)
+    if head.sparse:
+        sparse = SparseHead(kernels, products, tokens)
+        kernels.logps_forward(sparse.logits(), sparse.tokens, None, 0, *outputs)
     return tokens.workspace, logps, top, log_total, entropy
 
 
 def _check_backward(*arguments: Any) -> None:
     head, rest = _head_of(arguments)
-    _check_head(head)
-    *saved, grad_logps, grad_entropy, upstream, token_ids, layout, with_entropy, backend = rest
+    (
+        *saved,
+        grad_logps,
+        grad_entropy,
+        upstream,
+        token_ids,
+        layout,
+        with_entropy,
+        backend,
+        offsets,
+    ) = rest
     hidden = head.hidden
+    _check_head(head, backend, token_ids)
     ops.check_layout(layout)
     ops.check_backend(backend, hidden.new_empty(0, dtype=head.dtype))
     names = ("workspace", "logps", "top", "log_total", "entropy")
@@ -155,7 +172,7 @@ def _check_backward(*arguments: Any) -> None:
 
 @ops.register(
     "linear_logps_backward",
-    f"({_HEAD}, {ops.BACKWARD}) -> ({_GRADIENTS})",
+    f"({_HEAD}, {ops.BACKWARD}, Tensor? offsets) -> ({_GRADIENTS})",
     fake=lambda *arguments: _empty_gradients(_head_of(arguments)[0]),
     check=_check_backward,
 )
@@ -163,13 +180,15 @@ def linear_logps_backward(*arguments: Any) -> Any:
     """The logits once more, and their gradient, of tokens that get one from above."""
     head, rest = _head_of(arguments)
     workspace, logps, top, log_total, entropy, grad_logps, grad_entropy, *options = rest
-    upstream, token_ids, layout, with_entropy, backend = options
+    upstream, token_ids, layout, with_entropy, backend, offsets = options
     kernels = registry.load(backend)
     tokens = ops.row_tokens(workspace, logps.numel(), token_ids, layout)
     idle = grad_logps.reshape(-1) == 0
     if with_entropy:
         idle = idle & (grad_entropy.reshape(-1) == 0)
     activity = torch.where(tokens.labels < 0, 2, idle.to(torch.uint8))
+    if head.sparse:
+        activity = torch.where(tokens.supports[1] >= 0, 3, activity)
     products = Products(head, activity)
     found = logps, top, log_total, entropy if with_entropy else None
     gradients = grad_logps, grad_entropy if with_entropy else None, upstream
@@ -178,6 +197,12 @@ def linear_logps_backward(*arguments: Any) -> Any:
             kernels.logps_backward, products.logits(rows), tokens, *_place(rows), *found, *gradients
         )
         products.add_gradients(rows)
+    if head.sparse:
+        sparse = SparseHead(kernels, products, tokens)
+        _overwrite(
+            kernels.logps_backward, sparse.logits(), sparse.tokens, None, 0, *found, *gradients
+        )
+        sparse.add_gradients(order_by_word(token_ids), offsets)
     return products.gradients()
 
 
@@ -209,6 +234,11 @@ def linear_one_pass(*arguments: Any) -> Any:
             kernels.logps_forward(
                 products.logits(rows), tokens, *_place(rows), logps, *unused, wanted
             )
+    mask = call.batch.sampling_mask
+    if head.sparse and mask is not None:
+        sparse = SparseHead(kernels, products, tokens)
+        _overwrite(kernels.one_pass, sparse.logits(), sparse.tokens, None, 0, logps, wanted)
+        sparse.add_gradients(mask.by_word(), mask.offsets)
     results = ops.finish_tokens(kernels, tokens, logps, wanted, False, False)
     return *results, logps, entropy, *products.gradients()
 
@@ -216,10 +246,10 @@ def linear_one_pass(*arguments: Any) -> Any:
 # The autograd Functions.
 
 
-def _forward(hidden, head, bias, options, shard, asked):
+def _forward(hidden, head, bias, options, sparse, shard, asked):
     """Of all words, what `linear_logps_forward` finds with these rows of the head."""
     nothing = [False] * 3
-    forward = functools.partial(linear_logps_forward, hidden, head, bias, *options, nothing)
+    forward = functools.partial(linear_logps_forward, hidden, head, bias, *options, nothing, sparse)
     if shard is None:
         return forward(None, *asked)
     return shard.combine(forward(shard.layout, *asked), ops.Call.of(asked))
@@ -227,12 +257,12 @@ def _forward(hidden, head, bias, options, shard, asked):
 
 def _backward(ctx, saved, *gradients):
     """Of hidden states, head and bias, from those of log-probs and entropies."""
-    hidden, head, bias, token_ids, *saved = saved
+    hidden, head, bias, token_ids, offsets, *saved = saved
     wanted = list(ctx.needs_input_grad[:3])
     layout = None if ctx.shard is None else ctx.shard.layout
     dhidden, *others = linear_logps_backward(
-        hidden, head, bias, *ctx.options, wanted, *saved, *gradients, token_ids, layout,
-        ctx.with_entropy, ctx.backend,
+        hidden, head, bias, *ctx.options, wanted, ctx.sparse, *saved, *gradients, token_ids, layout,
+        ctx.with_entropy, ctx.backend, offsets,
     )  # fmt: skip
     if ctx.shard is not None and wanted[0]:
         # Each rank has found what comes from its own words.
@@ -241,18 +271,18 @@ def _backward(ctx, saved, *gradients):
     return tuple(x if wants else None for x, wants in found)
 
 
-def _save(ctx, inputs, saved, options, shard, asked):
+def _save(ctx, inputs, saved, options, sparse, shard, asked):
     call = ops.Call.of(asked)
-    ctx.save_for_backward(*inputs, call.token_ids, *saved)
-    ctx.options, ctx.shard = options, shard
+    ctx.save_for_backward(*inputs, call.token_ids, call.offsets, *saved)
+    ctx.options, ctx.sparse, ctx.shard = options, sparse, shard
     ctx.with_entropy, ctx.backend = call.with_entropy, call.backend
 
 
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, bias, options, shard, *asked):
-        workspace, *saved = _forward(hidden, head, bias, options, shard, asked)
-        _save(ctx, (hidden, head, bias), (workspace, *saved), options, shard, asked)
+    def forward(ctx, hidden, head, bias, options, sparse, shard, *asked):
+        workspace, *saved = _forward(hidden, head, bias, options, sparse, shard, asked)
+        _save(ctx, (hidden, head, bias), (workspace, *saved), options, sparse, shard, asked)
         ctx.set_materialize_grads(False)
         return unshared(saved, any(ctx.needs_input_grad))
 
@@ -269,9 +299,9 @@ class _LinearGeneral(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, head, bias, options, shard, with_slopes, groups, finish_options, *asked
+        ctx, hidden, head, bias, options, sparse, shard, with_slopes, groups, finish_options, *asked
     ):
-        saved = _forward(hidden, head, bias, options, shard, asked)
+        saved = _forward(hidden, head, bias, options, sparse, shard, asked)
         workspace, logps, _, _, entropy = saved
         *results, slopes = ops.finish(
             workspace,
@@ -283,7 +313,7 @@ class _LinearGeneral(torch.autograd.Function):
             with_slopes,
             ops.Call.of(asked).backend,
         )
-        _save(ctx, (hidden, head, bias), (*saved, slopes), options, shard, asked)
+        _save(ctx, (hidden, head, bias), (*saved, slopes), options, sparse, shard, asked)
         ctx.finish_options = groups, *finish_options
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
@@ -293,7 +323,7 @@ class _LinearGeneral(torch.autograd.Function):
     @first_derivative
     def backward(ctx, upstream, *_):
         *saved, slopes = ctx.saved_tensors
-        gradients = row_gradients(*slopes_of(ctx, saved[4:], slopes, upstream))
+        gradients = row_gradients(*slopes_of(ctx, saved[5:], slopes, upstream))
         return _backward(ctx, saved, *gradients)
 
 
@@ -301,9 +331,9 @@ class _LinearOnePass(torch.autograd.Function):
     """As _OnePass of logits.py: forward finds the gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, head, bias, options, wanted, *asked):
+    def forward(ctx, hidden, head, bias, options, wanted, sparse, *asked):
         *results, dhidden, dhead, dbias = linear_one_pass(
-            hidden, head, bias, *options, wanted, *asked
+            hidden, head, bias, *options, wanted, sparse, *asked
         )
         ctx.save_for_backward(dhidden, dhead, dbias)
         ctx.backend = ops.Call.of(asked).backend
@@ -396,6 +426,10 @@ class LinearLogits:
     def _options(self) -> tuple[Any, ...]:
         return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
 
+    def _is_sparse(self, batch: Batch) -> bool:
+        size = batch.tokens, self.vocabulary
+        return is_worthwhile(batch.sampling_mask, *size, self.compact, self.backend)
+
     def of_shard(self, shard: VocabularyShard) -> LinearLogits:
         if shard.words or self.backend == "eager":
             return replace(self, shard=shard)
@@ -431,12 +465,15 @@ class LinearLogits:
         inputs = self.hidden, self.weight, self.bias
         wanted = [x is not None and x.requires_grad for x in inputs]
         if takes_one_pass(self.dtype, call, self.shard is not None, *inputs):
-            results = _LinearOnePass.apply(*inputs, self._options, wanted, *asked)
+            results = _LinearOnePass.apply(
+                *inputs, self._options, wanted, self._is_sparse(batch), *asked
+            )
         else:
             with_slopes = torch.is_grad_enabled() and any(wanted) and not call.per_token
             results = _LinearGeneral.apply(
                 *inputs,
                 self._options,
+                self._is_sparse(batch),
                 self.shard,
                 with_slopes,
                 batch.num_groups,
@@ -458,6 +495,7 @@ class LinearLogits:
             self.weight,
             self.bias,
             self._options,
+            self._is_sparse(batch),
             self.shard,
             *call.arguments(self.hidden),
         )

@@ -171,18 +171,20 @@ class Head(NamedTuple):
     chunk_tokens: int  # 0: by CHUNK_BYTES
     compact: bool
     wanted: list[bool]  # which gradients, of hidden, weight and bias
+    sparse: bool  # tokens that have a support are left to the sparse head
 
 
 class Products:
     """The products of one call, in buffers that serve one chunk of tokens after another.
 
-    activity (N,) uint8: 0 where a token has a gradient, 1 where that is known to be 0, 2 where it
-    is masked. `gradient_chunks` and `forward_only_chunks` are those of the first two, each a slice
-    or an index. With compact=False every token is in the first: kernels take masked rows.
+    activity (N,) uint8: 0 where a token has a gradient, 1 where that is known to be 0, more where
+    it has no part in these products. `gradient_chunks` and `forward_only_chunks` are those of the
+    first two, each a slice or an index. With compact=False every token is in the first: kernels
+    take masked rows. The sparse head adds its part to the sums.
     """
 
     def __init__(self, head: Head, activity: Tensor) -> None:
-        hidden, weight, bias, softcap, scale, dtype, chunk_tokens, compact, wanted = head
+        hidden, weight, bias, softcap, scale, dtype, chunk_tokens, compact, wanted, sparse = head
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         self.softcap, self.scale, self.dtypes = softcap, scale, [hidden.dtype, weight.dtype]
         self.dtypes.append(hidden.dtype if bias is None else bias.dtype)
@@ -208,11 +210,14 @@ class Products:
         self.buffers = [registry.advise_huge_pages(empty(size)) for _ in range(buffers)]
 
         def total(x, *shape):
-            # A sum over several chunks is float32; what is one product is rounded once.
-            dtype = x.dtype if len(self.gradient_chunks) == 1 else torch.float32
-            if not self.gradient_chunks:
+            # A sum of several parts is float32; what is one product is rounded once.
+            parts = len(self.gradient_chunks) + sparse
+            if parts == 0:
                 return x.new_zeros(shape)
-            return registry.advise_huge_pages(x.new_empty(shape, dtype=dtype))
+            # The sparse head writes the products' dtype, or float32.
+            once = parts == 1 and not (sparse and x.dtype != dtype)
+            kind = x.dtype if once else torch.float32
+            return registry.advise_huge_pages(x.new_empty(shape, dtype=kind))
 
         # Where there is an order, some tokens have no gradient.
         made = hidden.new_empty if order is None else hidden.new_zeros
