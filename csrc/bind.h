@@ -211,7 +211,7 @@ inline Head head(Arguments& a) {
   return to;
 }
 inline void take(Arguments& a, HeadLogits& to) { to = {head(a), a, a}; }
-inline void take(Arguments& a, HeadDhidden& to) { to = {head(a), a}; }
+inline void take(Arguments& a, HeadDhidden& to) { to = {head(a), a, a}; }
 inline void take(Arguments& a, HeadDweight& to) { to = {head(a), a, a, a, a, a, a, a}; }
 
 // A method of K that launches a kernel, with the arguments target, rows if it has them, the rest.

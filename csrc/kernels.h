@@ -293,7 +293,8 @@ struct HeadLogits : Head {
 
 // From support.values, which now are dL/dz.
 struct HeadDhidden : Head {
-  void* dhidden;  // contiguous
+  void* dhidden;    // contiguous
+  bool in_float32;  // what is written, otherwise of the head's dtype
 };
 
 // Of every word, once; on top of what is there, or in its place.
@@ -303,7 +304,7 @@ struct HeadDweight : Head {
   std::int64_t pairs;            // how many ids there are
   void* dweight;                 // contiguous; null where not wanted, as the next
   void* dbias;
-  bool in_float32;               // what is written, otherwise of the head's dtype
+  bool in_float32;               // as in HeadDhidden
   bool on_top;
 };
 

@@ -147,7 +147,8 @@ void head_logits_of(const CpuTarget& target, const HeadLogits& a) {
   });
 }
 
-template <typename T>
+// Out: of the sums, as in head_dweight_of.
+template <typename T, typename Out>
 void head_dhidden_of(const CpuTarget& target, const HeadDhidden& a) {
   for_each_supported(target, a, [&](std::int64_t i, PairRow& sum) {
     const std::int64_t begin = a.tokens.support_begin(i), count = a.tokens.support_count(i);
@@ -161,7 +162,7 @@ void head_dhidden_of(const CpuTarget& target, const HeadDhidden& a) {
       if (k + 1 < count) prefetch(row(k + 1), a.width);
       sum.add(slope, row(k));
     }
-    sum.write(a.scale, static_cast<T*>(a.dhidden) + i * a.width, false);
+    sum.write(a.scale, static_cast<Out*>(a.dhidden) + i * a.width, false);
   });
 }
 

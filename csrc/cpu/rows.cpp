@@ -447,7 +447,10 @@ void head_logits(const CpuTarget& target, const HeadLogits& a) {
 }
 
 void head_dhidden(const CpuTarget& target, const HeadDhidden& a) {
-  with_type(a.dtype, [&](auto z) { head_dhidden_of<decltype(z)>(target, a); });
+  with_type(a.dtype, [&](auto z) {
+    using T = decltype(z);
+    a.in_float32 ? head_dhidden_of<T, Float32>(target, a) : head_dhidden_of<T, T>(target, a);
+  });
 }
 
 void head_dweight(const CpuTarget& target, const HeadDweight& a) {

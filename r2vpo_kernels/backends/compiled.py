@@ -175,7 +175,7 @@ class Launchers:
         """Write Eq. 28 into the rows of dhidden (N, H) of tokens that have a support."""
         self._launch(
             "head_dhidden", hidden, *_tokens(t), t.support, None, 0, hidden, weight, scale, slopes,
-            dhidden,
+            dhidden, dhidden.dtype == torch.float32,
         )  # fmt: skip
 
     def head_dweight(
