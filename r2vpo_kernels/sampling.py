@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import (
     MISSING_LABELS,
@@ -15,6 +15,7 @@ from .checks import (
     check_choice,
     check_device,
     check_integer,
+    check_whole,
     invalid,
     may_synchronise,
 )
@@ -60,10 +61,8 @@ class SamplingMask:
     def __init__(
         self, token_ids: Tensor, offsets: Tensor, *, missing_label: MissingLabel = "error"
     ) -> None:
-        for name, value in (("token_ids", token_ids), ("offsets", offsets)):
-            check_integer(name, value)
-            if value.dim() != 1:
-                raise invalid(name, value, "one dimension")
+        _check_vector("token_ids", token_ids)
+        _check_vector("offsets", offsets)
         check_device("offsets", offsets, token_ids.device)
         check_choice("missing_label", missing_label, MISSING_LABELS)
         count = token_ids.shape[0]
@@ -108,11 +107,17 @@ class SamplingMask:
         missing_label: MissingLabel = "error",
     ) -> SamplingMask:
         """From one list of ids for each token, or None for the full vocabulary."""
-        counts = [0 if ids is None else len(ids) for ids in sets]
-        flat = list(chain.from_iterable(ids for ids in sets if ids is not None))
-        token_ids = torch.tensor(flat, dtype=None if flat else torch.int64, device=device)
+        try:
+            counts = [0 if ids is None else len(ids) for ids in sets]
+            flat = list(chain.from_iterable(ids for ids in sets if ids is not None))
+            token_ids = torch.tensor(flat, dtype=None if flat else torch.int64, device=device)
+        except (TypeError, ValueError) as error:
+            expected = "a list of ids, or None, for each token"
+            raise TypeError(f"sets: got another kind ({error}), expected {expected}") from error
         return SamplingMask.from_counts(
-            token_ids, torch.tensor(counts, device=device), missing_label=missing_label
+            token_ids,
+            torch.tensor(counts, dtype=torch.int64, device=device),
+            missing_label=missing_label,
         )
 
     @staticmethod
@@ -120,10 +125,15 @@ class SamplingMask:
         token_ids: Tensor, counts: Tensor, *, missing_label: MissingLabel = "error"
     ) -> SamplingMask:
         """From the ids (M,) of all sets, and how many each of them has (N,)."""
-        check_integer("counts", counts)
-        if counts.dim() != 1:
-            raise invalid("counts", counts, "one dimension")
-        offsets = torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        _check_vector("token_ids", token_ids)
+        _check_vector("counts", counts)
+        check_device("counts", counts, token_ids.device)
+        offsets = nn.functional.pad(counts.long().cumsum(0), (1, 0))
+        if may_synchronise(counts):
+            count = token_ids.shape[0]
+            if (counts < 0).any() or offsets[-1] != count:
+                got = f"{counts.min().item()} at least, {offsets[-1].item()} in all"
+                raise invalid("counts", got, f"numbers of at least 0 that add up to {count} ids")
         return SamplingMask(token_ids, offsets, missing_label=missing_label)
 
     @staticmethod
@@ -143,16 +153,20 @@ class SamplingMask:
         if token_ids.dim() not in (2, 3):
             raise invalid("token_ids", token_ids, "shape (N, K) or (B, T, K)")
         if sizes is None:
-            inside = token_ids != (-1 if pad is None else pad)
+            pad = check_whole("pad", -1 if pad is None else pad, -(2**63), "an integer of 64 bits")
+            # An integer of 8 bits without a sign is never -1, but 255 would count as it.
+            inside = token_ids.long() != pad
         else:
             check_integer("sizes", sizes)
+            check_device("sizes", sizes, token_ids.device)
             most = token_ids.shape[-1]
             if pad is not None:
                 raise invalid("pad", pad, "None where sizes are given")
             if sizes.shape != token_ids.shape[:-1]:
                 raise invalid("sizes", sizes, f"shape {tuple(token_ids.shape[:-1])}")
-            if may_synchronise(sizes) and ((sizes < 0) | (sizes > most)).any():
-                raise invalid("sizes", f"up to {sizes.max().item()}", f"numbers from 0 to {most}")
+            wrong = (sizes < 0) | (sizes > most)
+            if may_synchronise(sizes) and wrong.any():
+                raise invalid("sizes", sizes[wrong][0].item(), f"numbers from 0 to {most}")
             inside = torch.arange(most, device=token_ids.device) < sizes[..., None]
         counts = inside.sum(-1).reshape(-1)
         return SamplingMask.from_counts(token_ids[inside], counts, missing_label=missing_label)
@@ -175,12 +189,15 @@ class SamplingMask:
             offsets = self.offsets[begin : max(begin, end) + 1]
             first, last = offsets[[0, -1]].tolist()
             return self._of(self.token_ids[first:last], offsets - first)
-        check_integer("tokens", tokens)
-        if tokens.dim() != 1:
-            raise invalid("tokens", tokens, "one dimension")
+        _check_vector("tokens", tokens)
+        check_device("tokens", tokens, self.offsets.device)
+        tokens, count = tokens.long(), len(self)
+        wrong = (tokens < -count) | (tokens >= count)
+        if wrong.any():
+            raise invalid("tokens", tokens[wrong][0].item(), f"those of {count} tokens")
         begins = self.offsets[:-1][tokens]
         counts = self.offsets.diff()[tokens]
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        offsets = nn.functional.pad(counts.cumsum(0), (1, 0))
         place = torch.arange(int(offsets[-1]), device=offsets.device)
         place += (begins - offsets[:-1]).repeat_interleave(counts)
         return self._of(self.token_ids[place], offsets)
@@ -217,6 +234,12 @@ class SamplingMask:
 
     def _of(self, token_ids: Tensor, offsets: Tensor) -> SamplingMask:
         return SamplingMask.of(token_ids, offsets, self.largest, self.missing_label)
+
+
+def _check_vector(name: str, value: Any) -> None:
+    check_integer(name, value)
+    if value.dim() != 1:
+        raise invalid(name, value, "one dimension")
 
 
 def token_of_each(offsets: Tensor, count: int) -> Tensor:

@@ -9,12 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.harness import check_case, truth_of
-from support.strategies import IGNORE, cases
+from support.harness import check_case, check_gradient, check_values, truth_of
+from support.strategies import IGNORE, SUPPORTS, cases, sampling_mask_of
 from support.tolerance import U
 
-from r2vpo_kernels import RatioStats, r2vpo_loss, r2vpo_loss_from_logps, token_logps
+from r2vpo_kernels import (
+    RatioStats,
+    SamplingMask,
+    r2vpo_loss,
+    r2vpo_loss_from_logps,
+    token_logps,
+)
 from r2vpo_kernels.checks import REDUCTIONS
+from r2vpo_kernels.reference import Support
 
 PER_TOKEN = (
     "old_logps", "advantages", "importance_weights", "ref_logps", "variance_coef", "temperature",
@@ -196,32 +203,37 @@ import ctypes, mmap, sys, torch
 if sys.argv[1] == "cuda":
     from support.emulator.build import emulate_cuda
     emulate_cuda()
-from r2vpo_kernels import r2vpo_loss, token_logps
+from r2vpo_kernels import SamplingMask, r2vpo_loss, token_logps
 
 ROW = mmap.PAGESIZE // 4
 memory = mmap.mmap(-1, 3 * mmap.PAGESIZE)
 logits = torch.frombuffer(memory, dtype=torch.float32).view(1, 3, ROW).normal_()
 page = logits.data_ptr() + mmap.PAGESIZE
 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, 0) == 0
-labels, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]])
-old_logps = token_logps(logits, labels, mask=mask, backend=sys.argv[1])
+labels, mask, sets = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]]), None
+if sys.argv[2] == "sets":
+    # The same memory as one row, which keeps words of the first and the last page.
+    logits, labels, mask = logits.view(1, 1, -1), labels[:, :1], mask[:, :1]
+    sets = SamplingMask.from_lists([[0, 1, ROW - 1, 2 * ROW, 3 * ROW - 1]])
+shared = {"mask": mask, "sampling_mask": sets, "backend": sys.argv[1]}
+old_logps = token_logps(logits, labels, **shared)
 for keywords in ({}, {"center": "group"}):
     leaf = logits.requires_grad_()
-    out = r2vpo_loss(
-        leaf, labels, old_logps, torch.ones(1), mask=mask, backend=sys.argv[1], **keywords
-    )
+    out = r2vpo_loss(leaf, labels, old_logps, torch.ones(1), **shared, **keywords)
     (gradient,) = torch.autograd.grad(out.loss, leaf)
-    assert gradient[0, 0].any() and gradient[0, 2].any() and not gradient[0, 1].any()
+    first, unread, last = gradient.view(3, ROW)
+    assert first.any() and last.any() and not unread.any()
 print("read nothing")
 """
 
 
-def test_a_row_of_weight_zero_is_not_read(kernels):
-    """Its memory may not even be readable: a look at it would end the process."""
+@pytest.mark.parametrize("what", ["rows", "sets"])
+def test_a_row_of_weight_zero_and_a_word_that_is_not_kept_are_not_read(kernels, what):
+    """Their memory may not even be readable: a look at it would end the process."""
     root = Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
     run = subprocess.run(
-        [sys.executable, "-c", UNREADABLE, kernels], cwd=root,
+        [sys.executable, "-c", UNREADABLE, kernels, what], cwd=root,
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.stdout.strip() == "read nothing", run.stderr
@@ -380,3 +392,266 @@ def test_per_token_coefficients_express_spo(device):
         logps, torch.zeros_like(at), advantages, variance_coef=advantages.abs() / (2 * epsilon)
     ).loss.backward()
     assert logps.grad.abs().max() <= 16 * U
+
+
+# Of sampling masks.
+
+MASKED = [kind for kind in SUPPORTS if kind != "none"]
+masked_cases = st.sampled_from(MASKED).flatmap(lambda kind: cases(support=kind))
+
+
+def same_results(ours, theirs):
+    """To the bit; of two calls of `run`."""
+    (out, gradient), (other, other_gradient) = ours, theirs
+    assert torch.equal(out.loss, other.loss) and torch.equal(out.logps, other.logps)
+    assert torch.equal(gradient, other_gradient)
+    assert (out.entropy is None) == (other.entropy is None)
+    assert out.entropy is None or torch.equal(out.entropy, other.entropy)
+    metrics = other.metrics()
+    assert all(torch.equal(value, metrics[name]) for name, value in out.metrics().items())
+
+
+def words_of(mask, labels, vocabulary):
+    """Where a logit counts, like logits."""
+    support, _ = Support.of(mask, labels.reshape(-1))
+    return support.words(vocabulary).reshape(*labels.shape, vocabulary)
+
+
+def lists_of(mask):
+    return [x.tolist() for x in mask.token_ids.tensor_split(mask.offsets[1:-1].cpu())]
+
+
+def draw_sampled(device, kind="some empty", dtype=torch.float32, vocabulary=64):
+    """As `draw`, with a sampling mask and old_logps of its policy."""
+    logits, labels, _, advantages, mask = draw(device, vocabulary=vocabulary, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    sets = sampling_mask_of(kind, labels.cpu(), vocabulary, generator).to(device)
+    logps = token_logps(logits, labels, sampling_mask=sets, backend="eager")
+    old_logps = logps + 0.3 * torch.randn(labels.shape, generator=generator).to(device)
+    return logits, labels, old_logps, advantages, mask, sets
+
+
+@settings(max_examples=20)
+@given(cases(support="all words"))
+def test_a_set_of_all_words_is_no_set(backend, device, case):
+    """Within the budget of the same truth; the specification keeps every bit."""
+    logits, labels, keywords = case.tensors(device)
+    without = {name: x for name, x in keywords.items() if name != "sampling_mask"}
+    each = torch.ones(labels.shape if case.reduction == "none" else (), device=device)
+    truth = truth_of(logits, labels, without, backend)
+    out, gradient = run(logits, labels, backend, **keywords)
+    check_values(out, truth, each)
+    check_gradient(gradient, truth, backend)
+    if backend == "eager":
+        plain, same = run(logits, labels, backend, **without)
+        assert torch.equal(plain.loss, out.loss) and torch.equal(gradient, same)
+
+
+@settings(max_examples=20)
+@given(masked_cases)
+def test_the_order_of_ids_changes_nothing(backend, device, case):
+    logits, labels, keywords = case.tensors(device)
+    mask = keywords["sampling_mask"]
+    backwards = [words[::-1] for words in lists_of(mask)]
+    other = SamplingMask.from_lists(backwards, device=device, missing_label=mask.missing_label)
+    results = (
+        run(logits, labels, backend, **keywords | {"sampling_mask": m}) for m in (mask, other)
+    )
+    same_results(*results)
+
+
+@settings(max_examples=30)
+@given(masked_cases, st.booleans())
+def test_what_stands_outside_of_the_sets_is_harmless(backend, device, case, inplace):
+    logits, labels, keywords = case.tensors(device)
+    # One layout for both, with rows of their own.
+    logits, keywords = logits.clone(), keywords | {"return_entropy": True}
+    inside = words_of(keywords["sampling_mask"], labels, case.vocabulary)
+    filling = torch.tensor([torch.nan, torch.inf, -torch.inf, 6e4], device=device)
+    filling = filling.to(logits.dtype)[torch.arange(logits.numel(), device=device) % 4]
+    poisoned = torch.where(inside, logits, filling.view_as(logits))
+    results = []
+    for values in (logits, poisoned):
+        leaf = values.requires_grad_()
+        seen = leaf * 1 if inplace else leaf
+        out = r2vpo_loss(seen, labels, backend=backend, inplace=inplace, **keywords)
+        results.append((out, torch.autograd.grad(out.loss.sum(), leaf)[0]))
+    same_results(*results)
+    assert not results[1][1][~inside].any()
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(MASKED).flatmap(lambda kind: cases(support=kind, masking="bool")))
+def test_the_sets_of_masked_tokens_are_harmless(backend, device, case):
+    logits, labels, keywords = case.tensors(device)
+    mask = keywords["sampling_mask"]
+    valid = (keywords["mask"] != 0).reshape(-1).tolist()
+    for other in ([], [0], list(range(case.vocabulary))):
+        sets = [words if ok else other for ok, words in zip(valid, lists_of(mask), strict=True)]
+        changed = SamplingMask.from_lists(sets, device=device, missing_label=mask.missing_label)
+        same_results(
+            run(logits, labels, backend, **keywords),
+            run(logits, labels, backend, **keywords | {"sampling_mask": changed}),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "route", [{}, {"entropy_coef": 0.1}, {"center": "group"}, {"reduction": "none"}]
+)
+def test_a_set_of_one_is_certain(backend, device, dtype, route):
+    """Nothing about it depends on its logit; in the loss it is a constant of its weight."""
+    logits, labels, old_logps, advantages, _, sets = draw_sampled(device, dtype=dtype)
+    lists = lists_of(sets)
+    alone = torch.zeros(labels.shape, dtype=torch.bool, device=device)
+    alone[0], alone[2, 1:3] = True, True
+    for i in alone.reshape(-1).nonzero()[:, 0].tolist():
+        lists[i] = [labels.reshape(-1)[i].item()]
+    old_logps = torch.where(alone, 0.0, old_logps)
+    keywords = {
+        "old_logps": old_logps, "advantages": advantages, "return_entropy": True,
+        "sampling_mask": SamplingMask.from_lists(lists, device=device), **route,
+    }  # fmt: skip
+    out, gradient = run(logits, labels, backend, **keywords)
+    assert not out.logps[alone].any() and not out.entropy[alone].any()
+    assert not gradient[alone].any() and gradient[~alone].any()
+    other = torch.where(alone[..., None], -3 * logits, logits)
+    same_results((out, gradient), run(other, labels, backend, **keywords))
+    assert out.metrics()["support/single"] == alone.float().mean()
+    if route.get("reduction") == "none":
+        assert torch.equal(out.loss[alone], -advantages[:, None].expand_as(out.loss)[alone])
+        without, _ = run(logits, labels, backend, mask=~alone, **keywords)
+        assert torch.equal(out.loss[~alone], without.loss[~alone])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", MASKED)
+def test_parts_of_a_mask_go_with_parts_of_the_batch(backend, device, dtype, kind):
+    """A slice of it, or tokens in another order: the same bits."""
+    logits, labels, old_logps, advantages, _, sets = draw_sampled(device, kind, dtype)
+    keywords = {"reduction": "seq-mean-token-sum", "normalizer": 3.0, "entropy_coef": 0.1}
+
+    def on(rows, sets):
+        return run(
+            logits[rows], labels[rows], backend, old_logps=old_logps[rows],
+            advantages=advantages[rows], sampling_mask=sets, **keywords,
+        )  # fmt: skip
+
+    out, gradient = on(slice(None), sets)
+    length = labels.shape[1]
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 4), torch.tensor([3, 1, 1])):
+        if isinstance(rows, slice):
+            part = sets[rows.start * length : rows.stop * length]
+        else:
+            rows = rows.to(device)
+            place = torch.arange(length, device=device)
+            part = sets[(rows[:, None] * length + place).reshape(-1)]
+        found, found_gradient = on(rows, part)
+        assert torch.equal(found.logps, out.logps[rows])
+        assert torch.equal(found.entropy, out.entropy[rows])
+        assert torch.equal(found_gradient, gradient[rows])
+
+
+def test_calls_that_share_a_mask_do_not_disturb_each_other(backend, device):
+    """Two forward passes, then their backward passes; and both graphs once more."""
+    logits, labels, old_logps, advantages, _, sets = draw_sampled(device)
+    for route in ({}, {"center": "group"}):
+        keywords = {"sampling_mask": sets, "backend": backend, **route}
+        leaves = [z.clone().requires_grad_() for z in (logits, -logits)]
+        losses = [r2vpo_loss(z, labels, old_logps, advantages, **keywords).loss for z in leaves]
+        found = [
+            [
+                torch.autograd.grad(x, z, retain_graph=True)[0]
+                for x, z in zip(losses, leaves, strict=True)
+            ]
+            for _ in range(2)
+        ]
+        for k, leaf in enumerate(leaves):
+            alone = r2vpo_loss(leaf, labels, old_logps, advantages, **keywords)
+            (expected,) = torch.autograd.grad(alone.loss, leaf)
+            assert torch.equal(found[0][k], expected) and torch.equal(found[1][k], expected)
+            assert torch.equal(losses[k], alone.loss)
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_log_probs_recorded_over_the_sets_are_on_policy(kernels, device, kind):
+    logits, labels, _, advantages, mask, sets = draw_sampled(device, kind, torch.bfloat16, 72)
+    for entropy in (False, True):
+        recorded = token_logps(logits, labels, sampling_mask=sets, backend=kernels)
+        keywords = {
+            "advantages": advantages, "mask": mask, "sampling_mask": sets,
+            "entropy_coef": 0.1 if entropy else 0.0,
+        }  # fmt: skip
+        explicit = run(logits, labels, kernels, old_logps=recorded, **keywords)
+        same_results(explicit, run(logits, labels, kernels, old_logps=None, **keywords))
+        assert explicit[0].stats.variance == 0 and explicit[0].stats.mean == 1
+
+
+@pytest.mark.parametrize("center", ["one", "given"])
+def test_micro_batches_of_a_sampled_batch_sum_to_it(backend, device, center):
+    """Sequences to either micro-batch, with their parts of the mask."""
+    logits, labels, old_logps, advantages, mask, sets = draw_sampled(device)
+    logits = logits.double() if backend == "eager" else logits
+    places = torch.arange(labels.numel(), device=device).view_as(labels)
+
+    def on(rows, center):
+        return run(
+            logits[rows], labels[rows], backend, old_logps=old_logps[rows],
+            advantages=advantages[rows], mask=mask[rows], normalizer=mask.sum().float(),
+            sampling_mask=sets[places[rows].reshape(-1)], center=center,
+        )  # fmt: skip
+
+    whole, gradient = on(torch.arange(4), "group" if center == "given" else "one")
+    parts = [torch.tensor(rows) for rows in ([0, 3], [2, 1])]
+    results = [on(rows, whole.stats.mean if center == "given" else "one") for rows in parts]
+    scale = 1e-12 if backend == "eager" else 100 * U
+    total = sum(out.loss for out, _ in results)
+    torch.testing.assert_close(total, whole.loss, rtol=0, atol=10 * scale)
+    for rows, (_, part) in zip(parts, results, strict=True):
+        torch.testing.assert_close(part, gradient[rows], rtol=0, atol=scale)
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_the_gradients_of_log_probs_are_those_of_plain_torch(backend, device, kind):
+    """In float64, where it can: logits outside are -inf, and log_softmax is torch's."""
+    logits, labels, _, _, _, sets = draw_sampled(device, kind)
+    exact = logits.double().requires_grad_()
+    inside = words_of(sets, labels, logits.shape[-1])
+    log_p = torch.log_softmax((exact / 0.7).masked_fill(~inside, -torch.inf), -1)
+    expected = log_p.gather(-1, labels[..., None])[..., 0]
+    entropy = -(log_p.exp() * log_p.masked_fill(~inside, 0.0)).sum(-1)
+    leaf = (logits.double() if backend == "eager" else logits).requires_grad_()
+    found = token_logps(
+        leaf, labels, temperature=0.7, sampling_mask=sets, return_entropy=True, backend=backend
+    )
+    scale = 1e-12 if backend == "eager" else 200 * U
+    close = {"rtol": scale, "atol": scale}
+    up = torch.randn(2, 5, 4, device=device).transpose(1, 2)
+    for first, second in ((1, 0), (0, 1), (1, 1)):
+        upstream = [up[0] * first, up[1] * second]
+        (ours,) = torch.autograd.grad(found, leaf, upstream, retain_graph=True)
+        (theirs,) = torch.autograd.grad([expected, entropy], exact, upstream, retain_graph=True)
+        torch.testing.assert_close(ours.double(), theirs, **close)
+        assert not ours[~inside].any()
+    for ours, theirs in zip(found, (expected, entropy), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, **close)
+
+
+def test_metrics_tell_of_the_sets(backend, device):
+    """Of valid tokens; and of nothing where there is no mask."""
+    logits, labels, old_logps, advantages, _, _ = draw_sampled(device, vocabulary=33)
+    lists = [[int(y)] for y in labels.reshape(-1)]
+    lists[3], lists[4], lists[5], lists[19] = [], None, list(range(33)), list(range(8))
+    labels[3, 4] = 40  # masked
+    sets = SamplingMask.from_lists(lists, device=device)
+    keywords = {"old_logps": old_logps, "advantages": advantages, "backend": backend}
+    out = r2vpo_loss(logits, labels, sampling_mask=sets, ignore_index=40, **keywords)
+    assert out.metrics()["support/single"].item() == pytest.approx(16 / 19)
+    assert out.metrics()["support/size"].item() == pytest.approx((16 + 33) / 17)
+    nobody = SamplingMask.from_lists([[]] * 20, device=device)
+    metrics = r2vpo_loss(
+        logits, labels, sampling_mask=nobody, ignore_index=40, **keywords
+    ).metrics()
+    assert metrics["support/single"] == 0 and metrics["support/size"] == 0
+    names = r2vpo_loss(logits, labels, ignore_index=40, **keywords).metrics()
+    assert not any(name.startswith("support") for name in names)

@@ -16,11 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import token_oracle as oracle
+from support.strategies import SUPPORTS, sets_of
 from support.tolerance import assert_within
 from torch import Tensor
 
+from r2vpo_kernels import SamplingMask, sampling
 from r2vpo_kernels.backends import calls, registry
 from r2vpo_kernels.backends.calls import NOTHING, Column, Prepare, Tokens
+from r2vpo_kernels.checks import MissingLabel
 
 # As in conftest.py; drawn calls do not see its fixture.
 DEVICE = torch.device(os.environ.get("R2VPO_TEST_DEVICE", "cpu"))
@@ -129,6 +132,7 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
     N, U, shape = layout.tokens, len(layout.units), torch.Size(layout.shape)
     tensors: dict[str, Tensor] = {}
     labels = draw.integers(0, 10, *shape)
+    all_labels = labels.reshape(-1).tolist()
     valid = torch.ones(shape, dtype=torch.bool)
     if get("ignored"):
         valid &= draw.normal(*shape) < 0.3
@@ -187,12 +191,18 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
     normalizer = torch.tensor(5.5, device=DEVICE) if get("normalizer") else None
 
     tensors = {name: draw.laid(x) for name, x in tensors.items()}
+    sampling_mask, sets = None, None
+    if get("support"):
+        # Of all words, those of another shard too.
+        sets = sets_of(options["support"], all_labels, 10, draw.generator)
+        missing_label: MissingLabel = "full" if options["support"] == "some missing" else "error"
+        sampling_mask = SamplingMask.from_lists(sets, device=DEVICE, missing_label=missing_label)
     parts = min(max(U, 1), get("parts", 3))
     kl = get("kl")
     in_order = tuple(numbers[name] for name in NUMBERS)
     tokens = Tokens(
         filled(calls.workspace_size(N, U)), N, U, groups, parts,
-        bool(get("on_policy")), bool(get("sequence_level")), kl,
+        bool(get("on_policy")), bool(get("sequence_level")), kl, sampling_mask is not None,
     )  # fmt: skip
     columns = {name: calls.column(name, x, shape, DEVICE) for name, x in tensors.items()}
     common: dict[str, Any] = {
@@ -206,6 +216,7 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
     prepare = Prepare(
         tokens, **columns, **common, cu_seqlens=layout.cu_seqlens, group_ids=ids, center=center,
         normalizer=normalizer, unit_length=layout.unit_length, units_per_group=size,
+        sampling_mask=sampling_mask, sampling_vocabulary=10,
         numbers=torch.tensor(in_order, device=DEVICE) if get("numbers_tensor") else in_order,
         activity=torch.full((N,), 9, dtype=torch.uint8, device=DEVICE),
     )  # fmt: skip
@@ -216,7 +227,7 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
         {name: draw.spread(x) for name, x in tensors.items()},
         None if center is None else center.tolist(), 5.5 if get("normalizer") else None,
         **numbers, **common, on_policy=tokens.on_policy, sequence_level=tokens.sequence_level,
-        kl=kl,
+        kl=kl, sets=sets, missing_full=get("support") == "some missing",
     )  # fmt: skip
     if upstream is None:
         return Call(prepare, expected, logps, entropy, NOTHING, [1.0] * N)
@@ -267,8 +278,11 @@ def calls_of_every_kind(draw: st.DrawFn) -> Call:
         "numbers_tensor": pick(False, True),
         "parts": pick(1, 3),
         "shard": pick(False, True),
+        "support": pick(None, *SUPPORTS[1:]),
         "carried": pick(False, True),  # whether log-probs and entropy came with the call
     }
+    if options["labels"] is None:
+        options["support"] = None
     if options["count_kind"] == 0:
         options["normalizer"] = pick(False, True)
     return call(layout, draw(st.integers(0, 2**16)), pick(False, True), **options)
@@ -283,6 +297,10 @@ def integers(t: Tokens, begin: int, count: int) -> Tensor:
     return t.workspace[begin : begin + count].view(torch.int32)
 
 
+def faults(t: Tokens) -> bool:
+    return bool(t.workspace[calls.FAULTS : calls.FAULTS + t.parts].any())
+
+
 def check_prepare(backend: Any, c: Call) -> oracle.Prepared:
     expected, t = oracle.prepare(c.given), c.tokens
     backend.prepare(c.prepare)
@@ -290,9 +308,11 @@ def check_prepare(backend: Any, c: Call) -> oracle.Prepared:
     assert t.labels.tolist() == fields.pop("label")
     for k, (name, column) in enumerate(fields.items(), 1):
         assert same_bits(t.row(k), column), name
+    if c.given.sets is not None:
+        assert t.supports.T.tolist() == [list(x) for x in expected.supports]
     assert c.prepare.activity is not None and c.prepare.activity.tolist() == expected.activity
     assert integers(t, calls.COUNTS, t.parts).sum() == expected.counted
-    assert bool(integers(t, calls.FAULTS, t.parts).any()) == expected.fault
+    assert faults(t) == expected.fault
     assert not integers(t, calls.TICKETS, 3).any()
     numbers = ("log_ratio_clamp", "kl_coef", "entropy_coef")
     stored = [*(getattr(c.given, name) for name in numbers), expected.factor]
@@ -423,7 +443,7 @@ def test_no_tokens(backend, layout, options):
         check_call(backend, c, empirical)
         out = run_finish(backend, c, None, per_token=False)
         assert out["loss"] == 0 and not out["stats"].any()
-        assert out["metrics"].tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, *[0.0] * 6]
+        assert out["metrics"].tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, *[0.0] * 8]
 
 
 BAD = {
@@ -486,9 +506,51 @@ def test_bad_offsets_are_a_fault_and_nan(backend, offsets):
     # Tokens of no unit keep what they had.
     c.tokens.labels.fill_(-1)
     backend.prepare(c.prepare)
-    assert integers(c.tokens, calls.FAULTS, c.tokens.parts).any()
+    assert faults(c.tokens)
     assert c.tokens.workspace[3].isnan()
     assert run_finish(backend, c, run_means(backend, c), False)["loss"].isnan()
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_label_outside_of_its_set_is_a_fault_and_nan(backend, shard):
+    c = call(Layout.padded(2, 3), support="small", mask=torch.bool, shard=shard)
+    column, good = c.prepare.labels.tensor, c.prepare.mask.tensor != 0
+    assert c.given.sets is not None and column is not None
+    place = tuple(good.nonzero()[0])
+    words = c.given.sets[place[0] * 3 + place[1]]
+    column[place] = next(word for word in range(3, 10) if word not in words)
+    c.given.columns["labels"] = column.reshape(-1).tolist()
+    expected = check_prepare(backend, c)
+    assert expected.fault and c.tokens.labels.view(2, 3)[place] == c.given.words
+
+
+@pytest.mark.parametrize("word", [10, 2**31, 2**40])
+def test_a_word_that_there_is_not_is_a_fault_and_nan(backend, word):
+    """Wherever it stands, of a masked token too."""
+    c = call(Layout.padded(2, 3), support="small", mask=torch.bool, all_masked=True)
+    mask = c.prepare.sampling_mask
+    assert c.given.sets is not None and mask is not None
+    sets = [[*c.given.sets[0], word], *c.given.sets[1:]]
+    c.given.sets, c.prepare.sampling_mask = sets, SamplingMask.from_lists(sets, device=DEVICE)
+    assert check_prepare(backend, c).fault and c.tokens.workspace[3].isnan()
+    # Of all shards there are more words than of these.
+    c.prepare.sampling_vocabulary = c.given.all_words = 2**41
+    check_call(backend, c)
+    assert not oracle.prepare(c.given).fault
+
+
+def test_sets_that_are_wrong_are_a_fault_and_reach_no_memory(backend, monkeypatch):
+    """As on a GPU, where nobody looks when a mask is made."""
+    monkeypatch.setattr(sampling, "may_synchronise", lambda value: False)
+    ids = torch.tensor([4, -1, 4, 4, 2**40, 3], device=DEVICE)
+    c = call(Layout.padded(1, 3), support="small")
+    for offsets in [0, 2, 3, 6], [0, 4, 2, 6], [-9, 2, 99, 6], [1, 2, 3, 6], [0, 2, 3, 5]:
+        c.prepare.sampling_mask = SamplingMask(ids, torch.tensor(offsets, device=DEVICE))
+        backend.prepare(c.prepare)
+        assert faults(c.tokens) and c.tokens.workspace[3].isnan()
+        begin, count, size = c.tokens.supports
+        assert (begin >= 0).all() and (begin + count <= len(ids)).all() and (count <= size).all()
+        assert run_finish(backend, c, None, False)["loss"].isnan()
 
 
 @pytest.mark.parametrize("center", [None, "given"])

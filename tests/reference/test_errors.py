@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from r2vpo_kernels import (
+    SamplingMask,
     VarianceConstraint,
     checks,
     fenchel_coef,
@@ -47,6 +48,11 @@ def label(value):
     return labels
 
 
+def sets_with(word):
+    return SamplingMask.from_lists([[0, 1]] * 5 + [[0, word]] + [[0, 1]] * 6)
+
+
+SETS = SamplingMask.from_lists([[0, 1]] * 12)
 IDS = torch.tensor([0, 1, 1])
 BAD = {
     # name: (changes, the argument named, words of the message)
@@ -135,6 +141,22 @@ BAD = {
     "two devices": ({"old_logps": torch.zeros(B, T, device="meta")}, "old_logps", "meta.*cpu"),
     "labels on another device": ({"labels": torch.zeros(B, T, device="meta").long()}, "labels",
                                  "meta.*cpu"),
+    "lists of words": ({"sampling_mask": [[1, 2]] * 12}, "sampling_mask", "list.*SamplingMask"),
+    "a mask of other tokens": (
+        {"sampling_mask": SETS[:11]}, "sampling_mask", "sets of 11 tokens.*12, one per label"
+    ),
+    "a mask on another device": ({"sampling_mask": SETS.to("meta")}, "sampling_mask", "meta.*cpu"),
+    "a word of V": (
+        {"sampling_mask": sets_with(V), "labels": label(0)}, "sampling_mask",
+        r"got 10, expected token_ids from 0 to 9",
+    ),
+    "a word far outside": (
+        {"sampling_mask": sets_with(2**40), "labels": label(0)}, "sampling_mask", "1099511627776"
+    ),
+    "a label outside of its set": (
+        {"sampling_mask": SETS, "labels": label(3)}, "labels",
+        "got 3 at 6, expected each in the token's set of sampling_mask",
+    ),
     "float64 in a kernel": ({"logits": torch.randn(B, T, V).double(), "backend": "triton"},
                             "backend", "float64"),
 }  # fmt: skip
@@ -178,7 +200,7 @@ def test_bad_packed_input_is_refused(name):
 
 
 ELSEWHERE = {"logits", "labels", "temperature", "backend", "entropy_coef", "ignore_index"}
-ELSEWHERE |= {"tp_group"}
+ELSEWHERE |= {"tp_group", "sampling_mask"}
 FROM_LOGPS = [name for name, (changes, _, _) in BAD.items() if not ELSEWHERE & set(changes)]
 
 
@@ -213,7 +235,7 @@ def test_bad_logps_are_refused(changes, argument):
     [
         n
         for n, (c, _, _) in BAD.items()
-        if set(c) <= {"logits", "labels", "temperature", "mask", "tp_group"}
+        if set(c) <= {"logits", "labels", "temperature", "mask", "tp_group", "sampling_mask"}
     ],
 )
 def test_token_logps_refuses_the_same(name):
@@ -222,6 +244,17 @@ def test_token_logps_refuses_the_same(name):
     del arguments["old_logps"], arguments["advantages"]
     with pytest.raises((ValueError, TypeError), match=rf"^{argument}: (?s:.*){words}"):
         token_logps_entry(arguments.pop("logits"), arguments.pop("labels"), **arguments)
+
+
+def test_a_label_outside_of_its_set_takes_the_full_vocabulary_if_told_to(backend):
+    logits, labels = torch.randn(B, T, V), label(3)
+    sets = SamplingMask.from_lists([[0, 1]] * 12, missing_label="full")
+    logps = token_logps_entry(logits, labels, sampling_mask=sets, backend=backend)
+    whole = token_logps_entry(logits, labels, backend=backend)
+    assert (logps == whole).reshape(-1).tolist() == [i == 6 for i in range(12)]
+    # It must be a word all the same.
+    with pytest.raises(ValueError, match=r"^labels: got 10 at 6, expected 0 <= label"):
+        token_logps_entry(logits, label(V), sampling_mask=sets, backend=backend)
 
 
 def unseen(monkeypatch):

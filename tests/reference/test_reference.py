@@ -1,5 +1,7 @@
 """The specification against an independent oracle and the hand-derived gradients, in float64."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,13 @@ from support.oracle import loss_and_stats
 from support.strategies import IGNORE, cases
 from torch import Tensor
 
-from r2vpo_kernels import r2vpo_loss, r2vpo_loss_from_logps, reference, token_logps
+from r2vpo_kernels import (
+    SamplingMask,
+    r2vpo_loss,
+    r2vpo_loss_from_logps,
+    reference,
+    token_logps,
+)
 from r2vpo_kernels.batch import Batch
 from r2vpo_kernels.objective import Objective
 from r2vpo_kernels.reference import Tokens
@@ -54,8 +62,19 @@ def for_the_oracle(case, labels: Tensor, keywords: dict):
         "center": center if isinstance(center, str) else "given",
         "means": center.double() if isinstance(center, Tensor) else [1.0] * 9,
         "group": [group[b] for b in rows for _ in range(case.length)],
+        "words": words_of(labels, keywords.get("sampling_mask")),
     }
     return sequences, k
+
+
+def words_of(labels: Tensor, mask: SamplingMask | None) -> list[list[int] | None]:
+    """Those that each token was sampled from; None is all."""
+    if mask is None:
+        return [None] * labels.numel()
+    ids, offsets = mask.token_ids.tolist(), mask.offsets.tolist()
+    sets = [ids[begin:end] for begin, end in itertools.pairwise(offsets)]
+    # No set is empty that has its label; one without it is the full vocabulary.
+    return [x if y in x else None for x, y in zip(sets, labels.reshape(-1).tolist(), strict=True)]
 
 
 @settings(max_examples=100)
@@ -85,7 +104,9 @@ def test_the_specification_is_what_the_oracle_says(case):
 
 def by_hand(logits: Tensor, tokens: Tokens, with_entropy: bool) -> Tensor:
     """dL/dlogits by docs/derivation: Eq. 7 to 9 and 11."""
-    logp, entropy = reference.token_logps(logits, tokens.labels, tokens.temperature, with_entropy)
+    logp, entropy = reference.token_logps(
+        logits, tokens.labels, tokens.temperature, with_entropy, tokens.support
+    )
     raw = torch.zeros_like(logp) if tokens.old_logps is None else logp - tokens.old_logps
     if tokens.ratio_level == "sequence":
         lengths = tokens.sequences.sum(tokens.valid.double()).clamp(min=1)
@@ -113,6 +134,8 @@ def by_hand(logits: Tensor, tokens: Tokens, with_entropy: bool) -> Tensor:
         slope = slope + w * tokens.kl_coef * dkl
 
     x = logits.reshape(-1, logits.shape[-1]) / tokens.temperature[:, None]
+    if tokens.support is not None:
+        x = x.masked_fill(~tokens.support.words(x.shape[-1]), -torch.inf)
     log_p = torch.log_softmax(x, -1)
     p = log_p.exp()
     onehot = torch.nn.functional.one_hot(tokens.labels.clamp(min=0), p.shape[-1])
@@ -135,7 +158,7 @@ def test_the_gradients_derived_by_hand_are_those_of_autograd(case):
 
     given_ = {"importance_weights": None, "ref_logps": None, "kl_coef": 0.0, "kl_estimator": "k3"}
     given_ |= keywords
-    geometry = ("mask", "group_ids", "num_groups", "group_size", "reduction")
+    geometry = ("mask", "group_ids", "num_groups", "group_size", "reduction", "sampling_mask")
     geometry = {name: given_.pop(name) for name in geometry if name in given_}
     batch = Batch.build(
         labels.shape, logits.device, labels=labels, center=keywords["center"], **geometry
@@ -151,12 +174,13 @@ def test_the_entry_from_logps_gives_the_same_loss(case):
     logits, labels, keywords = case.tensors(torch.device("cpu"))
     logits = logits.double()
     out = r2vpo_loss(logits, labels, backend="eager", return_entropy=True, **keywords)
-    temperature = keywords.pop("temperature")
+    temperature, sampling_mask = keywords.pop("temperature"), keywords.pop("sampling_mask", None)
     if isinstance(temperature, Tensor) and temperature.shape != labels.shape:
         temperature = temperature.repeat_interleave(case.length).reshape(labels.shape)
     logps, entropy = token_logps(
-        logits, labels, temperature=temperature, return_entropy=True, backend="eager"
-    )
+        logits, labels, temperature=temperature, sampling_mask=sampling_mask, return_entropy=True,
+        backend="eager",
+    )  # fmt: skip
     valid = labels != IGNORE
     if keywords["mask"] is not None:
         valid &= keywords["mask"] != 0

@@ -26,7 +26,7 @@ from .tolerance import (
 
 BATCH_KEYWORDS = (
     "mask", "ignore_index", "cu_seqlens", "group_ids", "num_groups", "group_size", "reduction",
-    "normalizer",
+    "normalizer", "sampling_mask",
 )  # fmt: skip
 OBJECTIVE_DEFAULTS: dict[str, Any] = {
     "variance_coef": 0.5, "center": "one", "ratio_level": "token", "importance_weights": None,
@@ -92,6 +92,8 @@ def check_gradient(
     used = assert_within("gradient", gradient, exact, bound, dtype=dtype, ulps=ulps)
     rounding = output_rounding(exact, bound, dtype, ulps)
     assert_no_lean("gradient", gradient, exact, bound, rounding, truncated)
+    outside = gradient.reshape(truth.outside.shape)[truth.outside]
+    assert not outside.any(), "gradient: not 0 outside of the support"
     return used
 
 
@@ -160,6 +162,7 @@ def check_case(
     if shard is not None:
         truth.gradient = truth.gradient[:, shard.words]
         truth.gradient_bound = truth.gradient_bound[:, shard.words]
+        truth.outside = truth.outside[:, shard.words]
     # What the one-pass route has rounded, an upstream gradient other than 1 rounds again.
     roundings = 2 if upstream != 1.0 and out.loss.dim() == 0 else 1
     used["gradient"] = check_gradient(gradient, truth, backend, roundings)
@@ -208,7 +211,9 @@ def check_linear_case(
     )  # fmt: skip
     used = check_values(out, truth, each)
     truncated = truncates(backend, dtype)
-    found = linear.gradients(truth.gradient, truth.gradient_bound, truncated, shard is not None)
+    found = linear.gradients(
+        truth.gradient, truth.gradient_bound, truth.outside, truncated, shard is not None
+    )
     # What is rounded to the dtype of the products, an upstream gradient other than 1 rounds again.
     ulps = 1.0 if upstream != 1.0 else 0.5
     for (name, x), gradient, (true, bound) in zip(leaves.items(), gradients, found, strict=False):

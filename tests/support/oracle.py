@@ -10,9 +10,14 @@ from collections import defaultdict
 import torch
 
 
-def log_p(z, temperature):
+def log_p(z, temperature, words):
+    """Of each word, -inf of those that are not kept; None keeps all."""
     x = z / temperature
-    return x - torch.logsumexp(x, 0)
+    if words is None:
+        return x - torch.logsumexp(x, 0)
+    total = torch.logsumexp(torch.stack([x[k] for k in words]), 0)
+    nothing = torch.tensor(-math.inf, dtype=x.dtype)
+    return torch.stack([x[k] - total if k in words else nothing for k in range(len(x))])
 
 
 def loss_and_stats(logits, labels, sequences, k):
@@ -30,7 +35,7 @@ def loss_and_stats(logits, labels, sequences, k):
         # A clamped log-ratio is a constant.
         return torch.clamp(x, -clamp, clamp)
 
-    rows = {t: log_p(logits[t], k["temperature"][t]) for s in alive for t in s}
+    rows = {t: log_p(logits[t], k["temperature"][t], k["words"][t]) for s in alive for t in s}
     logp = {t: row[labels[t]] for t, row in rows.items()}
     old = {t: logp[t].detach() if k["old_logps"] is None else k["old_logps"][t] for t in rows}
     delta = {t: logp[t] - old[t] for t in rows}

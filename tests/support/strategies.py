@@ -10,12 +10,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from r2vpo_kernels import token_logps
-from r2vpo_kernels.checks import REDUCTIONS
-from r2vpo_kernels.reference import linear_logits
+from r2vpo_kernels import SamplingMask, token_logps
+from r2vpo_kernels.checks import REDUCTIONS, MissingLabel
+from r2vpo_kernels.reference import Support, linear_logits
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a sampling mask: none at all, or the kind of its sets (`sets_of`).
+SUPPORTS = ("none", "single", "small", "some empty", "all words", "some missing")
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Case:
     kl: str | None
     entropy: bool
     on_policy: bool
+    support: str
     seed: int
     scale: float = 3.0
     extra: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +63,7 @@ class Case:
         if logits is None:
             logits = laid_out((self.scale * normal(B, T, V)).to(self.dtype), self.layout)
         labels = torch.randint(0, V, (B, T), generator=generator)
+        sampling_mask = sampling_mask_of(self.support, labels, V, generator)
         mask = None
         if self.masking == "ignore":
             labels[torch.rand(B, T, generator=generator) < 0.4] = IGNORE
@@ -79,7 +83,11 @@ class Case:
         hot = per(self.temperature, 0.6 + normal(B, T).abs())
         divisor = torch.as_tensor(hot)
         divisor = divisor[:, None, None] if divisor.dim() == 1 else divisor[..., None]
-        log_p = torch.log_softmax(logits.float() / divisor, -1)
+        x = logits.float() / divisor
+        if sampling_mask is not None:
+            support, _ = Support.of(sampling_mask, labels.reshape(-1))
+            x = torch.where(support.words(V).view(B, T, V), x, -torch.inf)
+        log_p = torch.log_softmax(x, -1)
         logps = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         keywords: dict[str, Any] = {
             "old_logps": None if self.on_policy else logps + 0.4 * normal(B, T),
@@ -92,6 +100,8 @@ class Case:
             "center": self.center,
             "entropy_coef": 0.3 if self.entropy else 0.0,
         }
+        if sampling_mask is not None:
+            keywords["sampling_mask"] = sampling_mask.to(device)
         if self.seed % 2:
             keywords["importance_weights"] = normal(B, T).abs()
         if self.kl:
@@ -120,6 +130,44 @@ class Case:
         keywords |= self.extra
         keywords = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in keywords.items()}
         return logits.to(device), labels.to(device), keywords
+
+
+def sets_of(
+    kind: str, labels: list[int], vocabulary: int, generator: torch.Generator
+) -> list[list[int] | None]:
+    """A set for each label, its ids in no order; None is the full vocabulary.
+
+    "single" the label alone, "small" it and a few others, "some empty" some of these the full
+    vocabulary, "all words", "some missing" some of them without their label.
+    """
+
+    def drawn(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def one(label: int) -> list[int] | None:
+        order = torch.randperm(vocabulary, generator=generator).tolist()
+        if kind == "single":
+            return [label]
+        if kind == "all words":
+            return order
+        if kind == "some empty" and drawn(0, 2):
+            return None
+        few = order[: drawn(1, 9)]
+        if kind == "some missing" and drawn(0, 2):
+            return [word for word in few if word != label]
+        return few if label in few else [*few, label]
+
+    return [one(label) for label in labels]
+
+
+def sampling_mask_of(
+    kind: str, labels: Tensor, vocabulary: int, generator: torch.Generator
+) -> SamplingMask | None:
+    if kind == "none":
+        return None
+    sets = sets_of(kind, labels.reshape(-1).tolist(), vocabulary, generator)
+    missing_label: MissingLabel = "full" if kind == "some missing" else "error"
+    return SamplingMask.from_lists(sets, missing_label=missing_label)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -163,6 +211,7 @@ def cases(draw, **fixed: Any) -> Case:
         kl=pick("kl", None, "k1", "k2", "k3"),
         entropy=pick("entropy", False, True),
         on_policy=pick("on_policy", False, False, True),
+        support=pick("support", "none", *SUPPORTS),
         seed=draw(st.integers(0, 2**16), label="seed"),
     )
     case.extra = fixed.get("extra", {})

@@ -17,7 +17,7 @@ FIELDS = (
 )  # fmt: skip
 METRICS = (
     "ratio/mean", "ratio/var", "ratio/min", "ratio/max", "ratio/ess", "ratio/clamped", "kl/old",
-    "loss/policy", "loss/penalty", "kl/ref", "entropy",
+    "loss/policy", "loss/penalty", "kl/ref", "entropy", "support/single", "support/size",
 )  # fmt: skip
 
 
@@ -46,17 +46,21 @@ class Given:
     vocabulary: int = 10
     first_word: int = 0
     words: int = 10
+    all_words: int = 10  # of all shards: more than any word of a set
     mean_over_unit: bool = False
     count_kind: int = 0
     on_policy: bool = False
     sequence_level: bool = False
     kl: str | None = None
+    sets: list | None = None  # of words, one for each token; an empty one is the full vocabulary
+    missing_full: bool = False
 
 
 @dataclass
 class Prepared:
     given: Given
     fields: dict  # name → one number per token
+    supports: list  # of each token: the first of its words here, how many, how many in all
     activity: list
     counted: int
     factor: float
@@ -78,13 +82,15 @@ def prepare(given):
         return otherwise if column is None else column[i]
 
     result = Prepared(
-        given, {name: [None] * given.tokens for name in FIELDS}, [None] * given.tokens,
-        int(given.count_kind == 0), f32(given.factor), False,
+        given, {name: [None] * given.tokens for name in FIELDS}, [(0, -1, 0)] * given.tokens,
+        [None] * given.tokens, int(given.count_kind == 0), f32(given.factor), False,
     )  # fmt: skip
     if given.normalizer is not None:
         result.factor = f32(given.normalizer)
         if not result.factor >= 0:
             result.factor, result.fault = math.nan, True
+    if given.sets and max(map(max, filter(None, given.sets)), default=-1) >= given.all_words:
+        result.factor, result.fault = math.nan, True
     for unit, group in zip(given.units, given.group_of_unit, strict=True):
         valid = {
             i
@@ -102,6 +108,12 @@ def prepare(given):
                 row["label"] = label - given.first_word
                 if not given.first_word <= label < given.first_word + given.words:
                     row["label"] = given.words
+                label_in_range = 0 <= label < given.vocabulary
+                found = True
+                if given.sets is not None and label_in_range:
+                    result.supports[i], found = support(given, i, label)
+                    if not found:
+                        row["label"] = given.words
                 row["temperature"] = f32(value("temperature", i, given.temperature))
                 row["variance_coef"] = f32(value("variance_coef", i, given.variance_coef))
                 row["weight"] = f32(1 / len(valid)) if given.mean_over_unit else 1.0
@@ -113,7 +125,7 @@ def prepare(given):
                 if given.center is not None and known_group:
                     row["center"] = f32(f32(given.center[group]) - 1)
                 good = {
-                    "label": 0 <= label < given.vocabulary,
+                    "label": label_in_range and found,
                     "temperature": row["temperature"] >= f32(1e-6),
                     "variance_coef": row["variance_coef"] >= 0,
                     "weight": known_group,
@@ -122,12 +134,27 @@ def prepare(given):
                 row |= {name: math.nan for name, ok in good.items() if not ok and name != "label"}
                 level = row["variance_coef"] == 0 or (given.on_policy and row["center"] == 0)
                 still = row["advantages"] == 0 and level
-                result.activity[i] = int(still and given.kl_coef == 0 == given.entropy_coef)
+                still = still and given.kl_coef == 0 == given.entropy_coef
+                result.activity[i] = int(still or result.supports[i][2] == 1)
             else:
                 result.activity[i] = 2
             for name, x in row.items():
                 result.fields[name][i] = x
     return result
+
+
+def support(given, i, label):
+    """(the support of token i, whether its label is where it must be)."""
+    words = given.sets[i]
+    if not words or (label not in words and given.missing_full):
+        return (0, -1, 0), True
+    before = sum(len(s) for s in given.sets[:i])
+    past = given.first_word + given.words
+    lower, here = (
+        sum(low <= word < high for word in words)
+        for low, high in ((0, given.first_word), (given.first_word, past))
+    )
+    return (before + lower, here, len(words)), label in words
 
 
 def _difference(a, b):
@@ -306,12 +333,13 @@ def finish(p, logps, entropy, upstream, center):
         "dentropy": [list(x) for x in zip(*dentropy, strict=True)],
         "stats": [[pair[k] for moment in moments for pair in moment] for k in range(2)],
     }
-    metrics = _metrics(list(of.values()), policies, penalties, kls, entropies)
+    sizes = [p.supports[i][2] for i in of]
+    metrics = _metrics(list(of.values()), policies, penalties, kls, entropies, sizes)
     result["metrics"] = [list(x) for x in zip(*(metrics[name] for name in METRICS), strict=True)]
     return result
 
 
-def _metrics(of, policies, penalties, kls, entropies):
+def _metrics(of, policies, penalties, kls, entropies, sizes):
     count = max(len(of), 1)
 
     def total(pairs):
@@ -356,6 +384,8 @@ def _metrics(of, policies, penalties, kls, entropies):
         "loss/penalty": total(penalties),
         "kl/ref": mean(kls),
         "entropy": mean(entropies),
+        "support/single": (sizes.count(1) / count, 0.0),
+        "support/size": (sum(sizes) / max(len(sizes) - sizes.count(0), 1), 0.0),
     }
 
 

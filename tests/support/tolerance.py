@@ -32,6 +32,7 @@ class Truth:
     gradient_bound: Tensor
     stats: tuple[Tensor, ...]
     stats_bound: tuple[Tensor, ...]
+    outside: Tensor  # (N, V): where the gradient must be 0 exactly
 
 
 def _weighted_mean(tokens: Tokens, x: Tensor) -> Tensor:
@@ -55,7 +56,9 @@ def find_truth(
     """
     logits = logits.detach().requires_grad_()
     labels, temperature = tokens.labels, tokens.temperature
-    logps, entropy = reference.token_logps(logits, labels, temperature, with_entropy)
+    logps, entropy = reference.token_logps(
+        logits, labels, temperature, with_entropy, tokens.support
+    )
     logps.retain_grad()
     terms = reference.token_terms(logps, entropy, tokens)
     (upstream * terms.loss).sum().backward()
@@ -68,22 +71,27 @@ def find_truth(
     vocabulary = logits.shape[-1]
     x = logits.detach().reshape(-1, vocabulary)
     x = torch.where(valid[:, None], x, 0.0) / temperature[:, None]
+    words = torch.ones_like(x, dtype=torch.bool)
+    if tokens.support is not None:
+        words = tokens.support.words(vocabulary)
+        x = torch.where(words, x, -torch.inf)
+    log_words = words.sum(-1).double().log()
     largest = torch.where(x.isfinite(), x.abs(), 0.0).amax(-1)
     log_p = torch.log_softmax(x, -1)
     finite_log_p = torch.where(log_p.isfinite(), log_p, 0.0)
     p = log_p.exp()
 
-    def log_p_error(size: Tensor, largest: Tensor) -> Tensor:
+    def log_p_error(size: Tensor, largest: Tensor, log_words: Tensor) -> Tensor:
         largest = largest if rounds_x else torch.minimum(largest, size / 2)
-        return (5 if sharded else 4) * U * (1 + largest + size + math.log(vocabulary))
+        return (5 if sharded else 4) * U * (1 + largest + size + log_words)
 
-    each = log_p_error(finite_log_p.abs(), largest[:, None])
+    each = log_p_error(finite_log_p.abs(), largest[:, None], log_words[:, None])
     values = logps.detach()
     size = torch.where(values.isfinite(), values.abs(), 0.0)
-    dlogp = log_p_error(size, largest)
+    dlogp = log_p_error(size, largest, log_words)
     zero = torch.zeros_like(dlogp)
     if logits_error is not None:
-        dx = logits_error / temperature[:, None] * valid[:, None]
+        dx = torch.where(words & valid[:, None], logits_error / temperature[:, None], 0.0)
         dlse = (2 * dx.amax(-1)).exp() * (p * dx).sum(-1)
         each = each + dx + dlse[:, None]
         each = torch.expm1(2 * each) / 2
@@ -187,6 +195,7 @@ def find_truth(
         gradient_bound * keep,
         tuple(tokens.groups.sum(m) for m in moments),
         tuple(tokens.groups.sum(m) for m in moment_bounds),
+        ~words,
     )
 
 
@@ -223,11 +232,19 @@ class Linear:
         return error + (torch.finfo(self.dtype).eps / 2 + 4 * U) * self.logits().abs()
 
     def gradients(
-        self, dlogits: Tensor, bound: Tensor, truncates: bool, sharded: bool = False
+        self,
+        dlogits: Tensor,
+        bound: Tensor,
+        outside: Tensor,
+        truncates: bool,
+        sharded: bool = False,
     ) -> list[tuple[Tensor, Tensor]]:
         """(truth, bound before output rounding) for hidden states, weight and bias (Eq. 29)."""
         v = torch.finfo(self.dtype).eps / 2
         tiny = torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+        # A 0 is not rounded, and adding it rounds nothing.
+        tiny = torch.where(outside, 0.0, tiny)
+        words = (~outside).sum(-1, keepdim=True)
         bound = bound + (2 if truncates else 1) * v * (dlogits.abs() + bound) + tiny
         if self.softcap is not None:
             z, error = self._uncapped_error()
@@ -238,10 +255,10 @@ class Linear:
             bound = slope * bound + size * slope_bound
             bound = bound + v * size * (slope + slope_bound) + tiny
             dlogits = dlogits * slope
-        scale, (tokens, vocabulary) = abs(self.logit_scale), dlogits.shape
+        scale, tokens = abs(self.logit_scale), dlogits.shape[0]
         size = dlogits.abs() + bound
         # Each rank's part of dL/dhidden is rounded before they are added (Eq. 31).
-        over_v = bound + ((vocabulary + 2) * U + (v if sharded else 0)) * size
+        over_v = bound + ((words + 2) * U + (v if sharded else 0)) * size
         over_n = bound + ((tokens + 2) * U + v) * size
         return [
             (self.logit_scale * dlogits @ self.weight, scale * over_v @ self.weight.abs()),
