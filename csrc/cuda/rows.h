@@ -359,7 +359,7 @@ class Walker {
   Control<Machine>& control_;
   const Rows& rows_;
   const Support support_;
-  const int stages_;
+  const int first_word_, stages_;
   Cursor at_;    // the next chunk that comes
   Cursor kept_;  // the first that stays in the ring between the looks
   Word held_[kHeld + 1][Machine::kWords];
@@ -432,19 +432,17 @@ class Walker {
     });
   }
 
-  // Whether a kept word is this block's to read and to write. Compact values are the first block's.
+  // Whether a kept word is in this block's share; without a branch, for ids then come together. Each
+  // is in one block's: the columns of compact values too, which mean no place.
   R2VPO_DEVICE bool owns(const Place<T>& place, int column) const {
-    if (support_.compact || column < place.head || column >= place.tail) {
-      return machine_.rank() == 0;
-    }
-    const int word = (column - place.head) / kColumns - place.first;
-    return word >= 0 && word < place.count;
+    const int begin = place.head + place.first * kColumns, end = begin + place.count * kColumns;
+    const bool at_edge = (column < place.head) | (column >= place.tail);
+    return ((column >= begin) & (column < end)) | ((machine_.rank() == 0) & at_edge);
   }
 
-  // body(at, columns) for this thread's words of a row's support, kColumns at a time: the i-th is
-  // id at + i·kComputing of the sampling mask, in columns[i], which is -1 where it is not this
-  // block's. They are as many as a whole word has columns, so that no chain of additions is longer
-  // than in a row of the full vocabulary.
+  // body(at, columns) for this thread's words of a row's support, kColumns at a time, so that no
+  // chain of additions is longer than in a row of the full vocabulary. The i-th is id at +
+  // i·kComputing of the sampling mask, and in columns[i], which is -1 where it is not this block's.
   template <typename Body>
   R2VPO_DEVICE void for_each_kept(const Place<T>& place, const Task& task, Body body) const {
     for (int k = machine_.thread(); k < task.count; k += kColumns * kComputing) {
@@ -452,27 +450,34 @@ class Walker {
       int columns[kColumns];
       R2VPO_UNROLL
       for (int i = 0; i < kColumns; ++i) {
-        columns[i] = -1;
-        if (k + i * kComputing >= task.count) continue;
-        const int column =
-            static_cast<int>(support_.token_ids[at + i * kComputing] - support_.first_word);
-        if (owns(place, column)) columns[i] = column;
+        const int j = i * kComputing;
+        columns[i] = k + j < task.count ? support_.token_ids[at + j] - first_word_ : -1;
+      }
+      R2VPO_UNROLL
+      for (int i = 0; i < kColumns; ++i) {
+        if (!((columns[i] >= 0) & owns(place, columns[i]))) columns[i] = -1;
       }
       body(at, columns);
     }
   }
 
-  R2VPO_DEVICE float kept_logit(const Place<T>& place, int at, int column) const {
-    return support_.compact ? support_.values[at] : machine_.load_one(place.row + column);
+  // x[i] = value(i) for each word of this block's, else -inf.
+  template <typename Value>
+  R2VPO_DEVICE static void fill(float (&x)[kColumns], const int (&columns)[kColumns],
+                                Value value) {
+    R2VPO_UNROLL
+    for (int i = 0; i < kColumns; ++i) x[i] = columns[i] < 0 ? -kInfinity : value(i);
   }
 
-  // -inf where there is no word.
+  R2VPO_DEVICE void read_values(int at, const int (&columns)[kColumns],
+                                float (&x)[kColumns]) const {
+    fill(x, columns, [&](int i) { return support_.values[at + i * kComputing]; });
+  }
+
   R2VPO_DEVICE void read_kept(const Place<T>& place, int at, const int (&columns)[kColumns],
                               float (&z)[kColumns]) const {
-    R2VPO_UNROLL
-    for (int i = 0; i < kColumns; ++i) {
-      z[i] = columns[i] < 0 ? -kInfinity : kept_logit(place, at + i * kComputing, columns[i]);
-    }
+    if (support_.compact) return read_values(at, columns, z);
+    fill(z, columns, [&](int i) { return machine_.load_one(place.row + columns[i]); });
   }
 
   // A bad label, or one of another shard, reads nothing and makes logp NaN. `prepare` has seen that
@@ -482,7 +487,7 @@ class Walker {
     if (!support_.compact) {
       return task.label < rows_.vocabulary ? machine_.load_one(place.row + task.label) : nan;
     }
-    const std::int64_t word = task.label + support_.first_word, end = task.begin + task.count;
+    const int word = task.label + first_word_, end = task.begin + task.count;
     const std::int64_t at = first_at_least(support_.token_ids, task.begin, end, word);
     return at < end && support_.token_ids[at] == word ? support_.values[at] : nan;
   }
@@ -495,9 +500,8 @@ class Walker {
       read_kept(place, at, columns, z);
       R2VPO_UNROLL
       for (int i = 0; i < kColumns; ++i) {
-        if (columns[i] < 0) continue;
-        support_.values[at + i * kComputing] =
-            columns[i] == task.label ? map.at_label : map.template of<Machine>(z[i]);
+        const float dz = columns[i] == task.label ? map.at_label : map.template of<Machine>(z[i]);
+        if (columns[i] >= 0) support_.values[at + i * kComputing] = dz;
       }
     });
     if (support_.compact) return;
@@ -506,10 +510,11 @@ class Walker {
     zero(place);
     machine_.sync_computing();
     for_each_kept(place, task, [&](int at, const int (&columns)[kColumns]) {
+      float dz[kColumns];
+      read_values(at, columns, dz);
       R2VPO_UNROLL
       for (int i = 0; i < kColumns; ++i) {
-        if (columns[i] < 0) continue;
-        machine_.store_one(place.grad_row + columns[i], support_.values[at + i * kComputing]);
+        if (columns[i] >= 0) machine_.store_one(place.grad_row + columns[i], dz[i]);
       }
     });
   }
@@ -517,7 +522,8 @@ class Walker {
  public:
   R2VPO_DEVICE Walker(Machine& machine, Control<Machine>& control, const Rows& rows,
                       const Support& support, int stages)
-      : machine_(machine), control_(control), rows_(rows), support_(support), stages_(stages) {
+      : machine_(machine), control_(control), rows_(rows), support_(support),
+        first_word_(static_cast<int>(support.first_word)), stages_(stages) {
     float z[kColumns];
     R2VPO_UNROLL
     for (int i = 0; i < kColumns; ++i) z[i] = -kInfinity;
