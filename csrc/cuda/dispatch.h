@@ -1,34 +1,40 @@
-// From a call to the instance of the kernel: for its dtype, with entropy or without.
+// From a call to the instance of the kernel: for its dtype, with entropy or without, with a sampling
+// mask or without.
 #pragma once
 
 #include "cuda.h"
 
 namespace r2vpo {
 
-// To::launch<T, A, kEntropy>(target, rows, a) for rows, where T is what `To` calls a number of the
+// To::launch<T, A, kEntropy, kSupport>(target, rows, a) for rows, where T is what `To` calls a number of the
 // dtype, and To::launch(target, a) for tokens.
 template <typename To, typename Float32, typename BFloat16, typename Float16>
 class Dispatch {
-  template <typename A, bool kEntropy>
+  template <typename A, bool kEntropy, bool kSupport>
   static void by_type(const CudaTarget& target, const Rows& rows, const A& a) {
     switch (rows.dtype) {
-      case Dtype::float32: return To::template launch<Float32, A, kEntropy>(target, rows, a);
-      case Dtype::bfloat16: return To::template launch<BFloat16, A, kEntropy>(target, rows, a);
-      case Dtype::float16: return To::template launch<Float16, A, kEntropy>(target, rows, a);
+      case Dtype::float32: return To::template launch<Float32, A, kEntropy, kSupport>(target, rows, a);
+      case Dtype::bfloat16: return To::template launch<BFloat16, A, kEntropy, kSupport>(target, rows, a);
+      case Dtype::float16: return To::template launch<Float16, A, kEntropy, kSupport>(target, rows, a);
       default: return;
     }
   }
 
+  template <typename A, bool kEntropy>
+  static void by_support(const CudaTarget& target, const Rows& rows, const A& a) {
+    a.support.token_ids ? by_type<A, kEntropy, true>(target, rows, a)
+                        : by_type<A, kEntropy, false>(target, rows, a);
+  }
+
   template <typename A>
   static void by_entropy(const CudaTarget& target, const Rows& rows, const A& a) {
-    a.entropy ? by_type<A, true>(target, rows, a) : by_type<A, false>(target, rows, a);
+    a.entropy ? by_support<A, true>(target, rows, a) : by_support<A, false>(target, rows, a);
   }
 
  public:
   static constexpr Kernels<CudaTarget> kernels = {
       by_entropy<LogpsForward>, by_entropy<LogpsBackward>, by_entropy<OnePass>,
-      by_type<Scale, false>,    To::launch,                To::launch,
-      To::launch,               To::launch,                To::launch,
+      by_type<Scale, false, false>, To::launch, To::launch, To::launch, To::launch, To::launch,
       To::launch};
 };
 

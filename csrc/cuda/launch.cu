@@ -23,7 +23,7 @@ void check(cudaError_t error, const char* what) {
                            cudaGetErrorString(error));
 }
 
-template <typename T, typename A, bool kEntropy, int kHeld>
+template <typename T, typename A, bool kEntropy, bool kSupport, int kHeld>
 __global__ void __launch_bounds__(Gpu::kThreads, kHeld ? 1 : 2)
     row_kernel(const __grid_constant__ Rows rows, const __grid_constant__ A a, int stages) {
 #if __CUDA_ARCH__ >= 900
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(Gpu::kThreads, kHeld ? 1 : 2)
   if constexpr (kHeld > 0) return;
 #endif
   Gpu gpu;
-  run<Gpu, T, A, kEntropy, kHeld>(gpu, rows, a, stages);
+  run<Gpu, T, A, kEntropy, kSupport, kHeld>(gpu, rows, a, stages);
 }
 
 template <typename A>
@@ -79,16 +79,17 @@ int resident_of(const void* function, const cudaLaunchConfig_t& config, int devi
 }
 
 struct Launcher {
-  template <typename T, typename A, bool kEntropy>
+  template <typename T, typename A, bool kEntropy, bool kSupport>
   static void launch(const CudaTarget& target, const Rows& rows, const A& a) {
     const std::int64_t count = rows.batch * rows.length;
     if (count == 0) return;
     check(cudaSetDevice(target.device), "cudaSetDevice");
-    const std::int64_t words = rows.vocabulary / Place<T>::kColumns;
-    constexpr bool kTwo = Looks<A>::kFirst && Looks<A>::kSecond;
-    const Plan plan = make_plan(limits_of(target.device), words, kTwo);
-    auto* const function = plan.holds ? row_kernel<T, A, kEntropy, kTwo ? held(kEntropy) : 0>
-                                      : row_kernel<T, A, kEntropy, 0>;
+    const std::int64_t words = words_of<T, kSupport>(rows, a);
+    constexpr bool kHolds = may_hold<A, kSupport>();
+    const Plan plan = make_plan(limits_of(target.device), words, kHolds);
+    constexpr int kHeld = kHolds ? held(kEntropy) : 0;
+    auto* const function = plan.holds ? row_kernel<T, A, kEntropy, kSupport, kHeld>
+                                      : row_kernel<T, A, kEntropy, kSupport, 0>;
     const int bytes = kControl + plan.stages * kChunk * kWordBytes;
 
     cudaLaunchAttribute cluster = {};

@@ -32,9 +32,9 @@ constexpr int kAhead = 4;
 // Bytes of shared memory that the system takes for itself, for each block.
 constexpr int kReserved = 1024;
 
-// For rows of `words` whole words, and a kernel that takes two looks at them or one, between which
-// there is nothing to hold. How many blocks share a row is the same for both.
-inline Plan make_plan(const Limits& limits, std::int64_t words, bool two_looks, int chunk = kChunk,
+// For rows of `words` whole words, and a kernel that may hold a part of them in registers or not. How
+// many blocks share a row is the same for both.
+inline Plan make_plan(const Limits& limits, std::int64_t words, bool may_hold, int chunk = kChunk,
                       int control = kControl) {
   const auto stages_in = [&](int bytes) {
     const int room = bytes < limits.of_block ? bytes : limits.of_block;
@@ -52,7 +52,7 @@ inline Plan make_plan(const Limits& limits, std::int64_t words, bool two_looks, 
     if (chunks_in(cluster) + kAhead <= stages) return {cluster, stages, false};
   }
   if (limits.clusters) return {kLargestCluster, stages, false};
-  return two_looks ? Plan{1, stages_in(limits.of_block), true} : Plan{1, stages, false};
+  return may_hold ? Plan{1, stages_in(limits.of_block), true} : Plan{1, stages, false};
 }
 
 }  // namespace r2vpo

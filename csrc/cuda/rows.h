@@ -13,9 +13,13 @@
 //     second look          loaded again      from registers             read again, freed
 //
 // `reload` is 0 wherever ring and registers hold the row: each logit is then read from DRAM once.
+//
+// Of a row under a sampling mask the computing threads read the kept logits where they lie; such a
+// row never comes through the ring. Each block takes the kept words in its own share of the row, so
+// that it may write that share while another block still reads.
 #pragma once
 
-#include "../kernels.h"
+#include "../tokens.h"
 #include "device.h"
 #include "plan.h"
 
@@ -34,6 +38,14 @@ template <>
 struct Looks<OnePass> {
   static constexpr bool kFirst = true, kSecond = true;
 };
+
+// Whether registers may hold a part of a row between two looks, in a block that then is alone on its
+// multiprocessor. Under a sampling mask they do not: most rows there wait for a few kept logits, and
+// two blocks wait for two rows at once.
+template <typename A, bool kSupport>
+constexpr bool may_hold() {
+  return Looks<A>::kFirst && Looks<A>::kSecond && !kSupport;
+}
 
 // 16 bytes, which is what lanes read and write.
 struct alignas(16) Word {
@@ -124,9 +136,45 @@ struct Schedule {
   }
 };
 
-R2VPO_DEVICE int label_of(const Scale&, std::int64_t) { return 0; }
-R2VPO_DEVICE int label_of(const RowTokens& a, std::int64_t row) {
-  return a.tokens.label(a.token(row));
+// Kernels without a sampling mask are compiled as if there were none.
+template <bool kSupport>
+R2VPO_TOKEN Support support_of(const Scale&) {
+  return {};
+}
+template <bool kSupport>
+R2VPO_TOKEN Support support_of(const RowTokens& a) {
+  return kSupport ? a.support : Support{};
+}
+
+// Of a launch: the whole words of a row that blocks share out. Compact values have no rows.
+template <typename T, bool kSupport, typename A>
+R2VPO_TOKEN std::int64_t words_of(const Rows& rows, const A& a) {
+  return support_of<kSupport>(a).compact ? 0 : rows.vocabulary / Place<T>::kColumns;
+}
+
+// What is to be done about a row: its label, and its support, as Tokens has them.
+struct Task {
+  int label, begin, count;
+  bool compact;
+
+  R2VPO_DEVICE bool is_masked() const { return label < 0; }
+  R2VPO_DEVICE bool has_support() const { return count >= 0; }
+  // By somebody else.
+  R2VPO_DEVICE bool is_left_out() const { return compact && !is_masked() && !has_support(); }
+  // Whether all logits are read, and come through the ring.
+  R2VPO_DEVICE bool is_loaded() const { return !compact && !is_masked() && !has_support(); }
+};
+
+template <bool kSupport>
+R2VPO_DEVICE Task task_of(const Scale&, std::int64_t) {
+  return {0, 0, -1, false};
+}
+template <bool kSupport>
+R2VPO_DEVICE Task task_of(const RowTokens& a, std::int64_t row) {
+  const std::int64_t i = a.token(row);
+  if (!kSupport) return {a.tokens.label(i), 0, -1, false};
+  return {a.tokens.label(i), a.tokens.support_begin(i), a.tokens.support_count(i),
+          a.support.compact};
 }
 
 // What is the same for all rows of a launch.
@@ -305,11 +353,13 @@ class Walker {
   static constexpr int kColumns = Place<T>::kColumns;
   static constexpr int kChunk = Machine::kChunk;
   static constexpr int kCount = Machine::kWords * kColumns;
+  static constexpr int kComputing = Machine::kWarps * kWarpSize;
 
   Machine& machine_;
   Control<Machine>& control_;
   const Rows& rows_;
-  const int stages_;
+  const Support support_;
+  const int first_word_, stages_;
   Cursor at_;    // the next chunk that comes
   Cursor kept_;  // the first that stays in the ring between the looks
   Word held_[kHeld + 1][Machine::kWords];
@@ -331,7 +381,7 @@ class Walker {
   R2VPO_DEVICE void for_each_word(const Place<T>& place, int chunk, Body body) const {
     R2VPO_UNROLL
     for (int j = 0; j < Machine::kWords; ++j) {
-      const int word = chunk * kChunk + j * Machine::kWarps * kWarpSize + machine_.thread();
+      const int word = chunk * kChunk + j * kComputing + machine_.thread();
       if (word < place.count) body(j, word);
     }
   }
@@ -382,9 +432,98 @@ class Walker {
     });
   }
 
+  // Whether a kept word is in this block's share; without a branch, for ids then come together. Each
+  // is in one block's: the columns of compact values too, which mean no place.
+  R2VPO_DEVICE bool owns(const Place<T>& place, int column) const {
+    const int begin = place.head + place.first * kColumns, end = begin + place.count * kColumns;
+    const bool at_edge = (column < place.head) | (column >= place.tail);
+    return ((column >= begin) & (column < end)) | ((machine_.rank() == 0) & at_edge);
+  }
+
+  // body(at, columns) for this thread's words of a row's support, kColumns at a time, so that no
+  // chain of additions is longer than in a row of the full vocabulary. The i-th is id at +
+  // i·kComputing of the sampling mask, and in columns[i], which is -1 where it is not this block's.
+  template <typename Body>
+  R2VPO_DEVICE void for_each_kept(const Place<T>& place, const Task& task, Body body) const {
+    for (int k = machine_.thread(); k < task.count; k += kColumns * kComputing) {
+      const int at = task.begin + k;
+      int columns[kColumns];
+      R2VPO_UNROLL
+      for (int i = 0; i < kColumns; ++i) {
+        const int j = i * kComputing;
+        columns[i] = k + j < task.count ? support_.token_ids[at + j] - first_word_ : -1;
+      }
+      R2VPO_UNROLL
+      for (int i = 0; i < kColumns; ++i) {
+        if (!((columns[i] >= 0) & owns(place, columns[i]))) columns[i] = -1;
+      }
+      body(at, columns);
+    }
+  }
+
+  // x[i] = value(i) for each word of this block's, else -inf.
+  template <typename Value>
+  R2VPO_DEVICE static void fill(float (&x)[kColumns], const int (&columns)[kColumns],
+                                Value value) {
+    R2VPO_UNROLL
+    for (int i = 0; i < kColumns; ++i) x[i] = columns[i] < 0 ? -kInfinity : value(i);
+  }
+
+  R2VPO_DEVICE void read_values(int at, const int (&columns)[kColumns],
+                                float (&x)[kColumns]) const {
+    fill(x, columns, [&](int i) { return support_.values[at + i * kComputing]; });
+  }
+
+  R2VPO_DEVICE void read_kept(const Place<T>& place, int at, const int (&columns)[kColumns],
+                              float (&z)[kColumns]) const {
+    if (support_.compact) return read_values(at, columns, z);
+    fill(z, columns, [&](int i) { return machine_.load_one(place.row + columns[i]); });
+  }
+
+  // A bad label, or one of another shard, reads nothing and makes logp NaN. `prepare` has seen that
+  // any other is in its support.
+  R2VPO_DEVICE float label_logit(const Place<T>& place, const Task& task) const {
+    const float nan = __builtin_nanf("");
+    if (!support_.compact) {
+      return task.label < rows_.vocabulary ? machine_.load_one(place.row + task.label) : nan;
+    }
+    const int word = task.label + first_word_, end = task.begin + task.count;
+    const std::int64_t at = first_at_least(support_.token_ids, task.begin, end, word);
+    return at < end && support_.token_ids[at] == word ? support_.values[at] : nan;
+  }
+
+  template <typename Map>
+  R2VPO_DEVICE void second_look_at_support(const Place<T>& place, const Map& map,
+                                           const Task& task) const {
+    for_each_kept(place, task, [&](int at, const int (&columns)[kColumns]) {
+      float z[kColumns];
+      read_kept(place, at, columns, z);
+      R2VPO_UNROLL
+      for (int i = 0; i < kColumns; ++i) {
+        const float dz = columns[i] == task.label ? map.at_label : map.template of<Machine>(z[i]);
+        if (columns[i] >= 0) support_.values[at + i * kComputing] = dz;
+      }
+    });
+    if (support_.compact) return;
+    // In place another thread still reads, until here, what this one is about to overwrite.
+    machine_.sync_computing();
+    zero(place);
+    machine_.sync_computing();
+    for_each_kept(place, task, [&](int at, const int (&columns)[kColumns]) {
+      float dz[kColumns];
+      read_values(at, columns, dz);
+      R2VPO_UNROLL
+      for (int i = 0; i < kColumns; ++i) {
+        if (columns[i] >= 0) machine_.store_one(place.grad_row + columns[i], dz[i]);
+      }
+    });
+  }
+
  public:
-  R2VPO_DEVICE Walker(Machine& machine, Control<Machine>& control, const Rows& rows, int stages)
-      : machine_(machine), control_(control), rows_(rows), stages_(stages) {
+  R2VPO_DEVICE Walker(Machine& machine, Control<Machine>& control, const Rows& rows,
+                      const Support& support, int stages)
+      : machine_(machine), control_(control), rows_(rows), support_(support),
+        first_word_(static_cast<int>(support.first_word)), stages_(stages) {
     float z[kColumns];
     R2VPO_UNROLL
     for (int i = 0; i < kColumns; ++i) z[i] = -kInfinity;
@@ -392,6 +531,7 @@ class Walker {
   }
 
   R2VPO_DEVICE void zero(const Place<T>& place) const {
+    if (support_.compact) return;
     const int edge = edge_of(place);
     if (edge >= 0) machine_.store_one(place.grad_row + edge, 0.0f);
     const int chunks = (place.count + kChunk - 1) / kChunk;
@@ -402,19 +542,13 @@ class Walker {
     }
   }
 
+  // The sums of this thread's part of a row that comes through the ring.
   template <typename A>
-  R2VPO_DEVICE Look first_look(const Place<T>& place, int label, float temperature) {
+  R2VPO_DEVICE void add_loaded(const Place<T>& place, float scale,
+                               Sums<kEntropy, kColumns>& sums) {
     const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages_, kChunk);
-    const float scale = kLog2E / temperature;
     const int edge = edge_of(place);
     at_edge_ = edge < 0 ? -kInfinity : machine_.load_one(place.row + edge);
-    // One thread reads it and hands it on: in place another will overwrite it. A bad label reads
-    // nothing and makes logp NaN.
-    float z_label = __builtin_nanf("");
-    if (machine_.thread() == 0 && machine_.rank() == 0 && label < rows_.vocabulary) {
-      z_label = machine_.load_one(place.row + label);
-    }
-    Sums<kEntropy, kColumns> sums;
     Word words[Machine::kWords];
     const auto look = [&](int chunk, bool last) {
       machine_.wait(control_.full[at_.stage], at_.parity);
@@ -437,6 +571,24 @@ class Walker {
     }
     const float edges[1] = {at_edge_};
     sums.template add<Machine>(edges, scale);
+  }
+
+  template <typename A>
+  R2VPO_DEVICE Look first_look(const Place<T>& place, const Task& task, float temperature) {
+    const float scale = kLog2E / temperature;
+    // One thread reads it and hands it on: in place another will overwrite it.
+    float z_label = __builtin_nanf("");
+    if (machine_.speaks()) z_label = label_logit(place, task);
+    Sums<kEntropy, kColumns> sums;
+    if (task.has_support()) {
+      for_each_kept(place, task, [&](int at, const int (&columns)[kColumns]) {
+        float z[kColumns];
+        read_kept(place, at, columns, z);
+        sums.template add<Machine>(z, scale);
+      });
+    } else {
+      add_loaded<A>(place, scale, sums);
+    }
     const Part all = reduced<kEntropy>(machine_, control_, sums.part(z_label), round_++, scale);
     const float log_total = log2f(all.s);
     const float logp = ((all.z_label - all.top) * scale - log_total) * kLn2;
@@ -445,9 +597,10 @@ class Walker {
   }
 
   template <typename A, typename Map>
-  R2VPO_DEVICE void second_look(const Place<T>& place, const Map& map, int label) {
+  R2VPO_DEVICE void second_look(const Place<T>& place, const Map& map, const Task& task) {
+    if (task.has_support()) return second_look_at_support(place, map, task);
     const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages_, kChunk);
-    const int column = label < rows_.vocabulary ? label : -1;
+    const int column = task.label < rows_.vocabulary ? task.label : -1;
     const int edge = edge_of(place);
     if (edge >= 0) {
       const float z = Looks<A>::kFirst ? at_edge_ : machine_.load_one(place.row + edge);
@@ -479,11 +632,11 @@ class Walker {
 
 template <bool kEntropy, typename T, typename Machine, typename W>
 R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, const Common&, std::int64_t row,
-                          int label, const Place<T>& place, W& walker) {
+                          const Task& task, const Place<T>& place, W& walker) {
   const std::int64_t i = a.token(row);
   Look look = {};
-  if (label >= 0) {
-    look = walker.template first_look<LogpsForward>(place, label, a.tokens.temperature(i));
+  if (!task.is_masked()) {
+    look = walker.template first_look<LogpsForward>(place, task, a.tokens.temperature(i));
   }
   if (!machine.speaks()) return;
   a.logps[i] = look.logp;
@@ -494,31 +647,31 @@ R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, const Common&
 
 template <bool kEntropy, typename T, typename Machine, typename W>
 R2VPO_DEVICE void compute(Machine&, const LogpsBackward& a, const Common& common, std::int64_t row,
-                          int label, const Place<T>& place, W& walker) {
-  if (label < 0) return walker.zero(place);
+                          const Task& task, const Place<T>& place, W& walker) {
+  if (task.is_masked()) return walker.zero(place);
   const std::int64_t i = a.token(row);
   const Look look = {a.logps[i], a.top[i], a.log_total[i], kEntropy ? a.entropy[i] : 0.0f};
   const float dlogp = a.grad_logps[i] * common.upstream;
   const float dentropy = kEntropy ? a.grad_entropy[i] * common.upstream : 0.0f;
   const auto slope = slope_of<kEntropy>(look, a.tokens.temperature(i), dlogp, dentropy);
-  walker.template second_look<LogpsBackward>(place, slope, label);
+  walker.template second_look<LogpsBackward>(place, slope, task);
 }
 
 template <bool kEntropy, typename T, typename Machine, typename W>
 R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, const Common& common,
-                          std::int64_t row, int label, const Place<T>& place, W& walker) {
+                          std::int64_t row, const Task& task, const Place<T>& place, W& walker) {
   const std::int64_t i = a.token(row);
   Look look = {};
-  if (label < 0) {
+  if (task.is_masked()) {
     walker.zero(place);
   } else {
     const float temperature = a.tokens.temperature(i);
-    look = walker.template first_look<OnePass>(place, label, temperature);
+    look = walker.template first_look<OnePass>(place, task, temperature);
     const Token token = a.tokens.token(i, common.denominator);
     const float dlogp = loss_slope(common.objective, token, look.logp);
     const float dentropy = kEntropy ? entropy_slope(common.objective, token.weight) : 0.0f;
     const auto slope = slope_of<kEntropy>(look, temperature, dlogp, dentropy);
-    walker.template second_look<OnePass>(place, slope, label);
+    walker.template second_look<OnePass>(place, slope, task);
   }
   if (!machine.speaks()) return;
   a.logps[i] = look.logp;
@@ -526,20 +679,21 @@ R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, const Common& comm
 }
 
 template <bool kEntropy, typename T, typename Machine, typename W>
-R2VPO_DEVICE void compute(Machine&, const Scale& a, const Common&, std::int64_t, int,
+R2VPO_DEVICE void compute(Machine&, const Scale& a, const Common&, std::int64_t, const Task&,
                           const Place<T>& place, W& walker) {
-  walker.template second_look<Scale>(place, Factor{*a.upstream, 0.0f}, -1);
+  const Task no_label = {-1, 0, -1, false};
+  walker.template second_look<Scale>(place, Factor{*a.upstream, 0.0f}, no_label);
 }
 
 // The loading warp: every chunk of every row, in the order in which the others read them.
-template <typename Machine, typename T, typename A, int kHeld>
+template <typename Machine, typename T, typename A, bool kSupport, int kHeld>
 R2VPO_DEVICE void load_rows(Machine& machine, Control<Machine>& control, const Rows& rows,
                             const A& a, int stages) {
   constexpr int kChunk = Machine::kChunk;
   const std::int64_t count = rows.batch * rows.length;
   Cursor at;
   for (std::int64_t row = machine.first_row(); row < count; row += machine.row_step()) {
-    if (label_of(a, row) < 0) continue;
+    if (!task_of<kSupport>(a, row).is_loaded()) continue;
     const Place<T> place = place_of<T>(machine, rows, row);
     const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages, kChunk);
     const Word* const words =
@@ -561,23 +715,26 @@ R2VPO_DEVICE void load_rows(Machine& machine, Control<Machine>& control, const R
 }
 
 // The computing warps: every row of their cluster.
-template <typename Machine, typename T, typename A, bool kEntropy, int kHeld>
+template <typename Machine, typename T, typename A, bool kEntropy, bool kSupport, int kHeld>
 R2VPO_DEVICE void compute_rows(Machine& machine, Control<Machine>& control, const Rows& rows,
                                const A& a, int stages) {
-  Walker<Machine, T, kEntropy, kHeld> walker(machine, control, rows, stages);
+  Walker<Machine, T, kEntropy, kHeld> walker(machine, control, rows, support_of<kSupport>(a),
+                                               stages);
   const Common common = common_of(machine, a);
   const std::int64_t count = rows.batch * rows.length, step = machine.row_step();
-  int label = label_of(a, machine.first_row());
+  Task task = task_of<kSupport>(a, machine.first_row());
   for (std::int64_t row = machine.first_row(); row < count; row += step) {
     // Ahead of the row that waits for it.
-    const int next = row + step < count ? label_of(a, row + step) : -1;
-    compute<kEntropy>(machine, a, common, row, label, place_of<T>(machine, rows, row), walker);
-    label = next;
+    const Task next = row + step < count ? task_of<kSupport>(a, row + step) : task;
+    if (!task.is_left_out()) {
+      compute<kEntropy>(machine, a, common, row, task, place_of<T>(machine, rows, row), walker);
+    }
+    task = next;
   }
 }
 
 // What each thread of a launch does. A launch has no more clusters than rows.
-template <typename Machine, typename T, typename A, bool kEntropy, int kHeld>
+template <typename Machine, typename T, typename A, bool kEntropy, bool kSupport, int kHeld>
 R2VPO_DEVICE void run(Machine& machine, const Rows& rows, const A& a, int stages) {
   if (idle(a)) return;
   auto& control = *static_cast<Control<Machine>*>(machine.control());
@@ -591,9 +748,9 @@ R2VPO_DEVICE void run(Machine& machine, const Rows& rows, const A& a, int stages
   }
   machine.sync_cluster();
   if (machine.warp() == Machine::kWarps) {
-    load_rows<Machine, T, A, kHeld>(machine, control, rows, a, stages);
+    load_rows<Machine, T, A, kSupport, kHeld>(machine, control, rows, a, stages);
   } else {
-    compute_rows<Machine, T, A, kEntropy, kHeld>(machine, control, rows, a, stages);
+    compute_rows<Machine, T, A, kEntropy, kSupport, kHeld>(machine, control, rows, a, stages);
   }
   // No block leaves while another may still write to its memory.
   machine.sync_cluster();

@@ -293,7 +293,8 @@ R2VPO_DEVICE void run(Machine& machine, const Finish& a) {
         const Term policy = policy_term(token, r), kl = kl_term(o, token, logp);
         const Term penalty = penalty_term(token, r, a.means ? mean : token.center);
         loss = loss_value(o, token, policy, penalty, kl, entropy);
-        totals.add(token, r, policy, penalty, kl, entropy, loss);
+        const std::int32_t size = t.with_support ? t.support_size(i) : 0;
+        totals.add(token, r, policy, penalty, kl, entropy, loss, size);
         const float weight = token.weight * upstream_at(a.upstream, u, i);
         const float slope =
             ratio_slope(policy, penalty, weight) - token.weight * center_slope(r, kappa);

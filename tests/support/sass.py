@@ -47,7 +47,8 @@ def kernels_in(cubin):
 def cuda_kernels():
     """{target: {name: resources}} of the CUDA backend as built.
 
-    The name of a kernel over rows: (kernel, dtype, entropy, chunks held); over tokens: (kernel,).
+    The name of a kernel over rows: (kernel, dtype, entropy, sampling mask, chunks held); over
+    tokens: (kernel,).
     """
     folder = Path(__file__).resolve().parents[2] / "r2vpo_kernels" / "backends"
     (module,) = folder.glob("_cuda*.so")
@@ -63,10 +64,10 @@ def cuda_kernels():
 
 
 def _name(mangled):
-    row = r"row_kernelINS_\d+([A-Z]\w+?)ENS_\d+([A-Z]\w+?)ELb(\d)ELi(\d+)E"
+    row = r"row_kernelINS_\d+([A-Z]\w+?)ENS_\d+([A-Z]\w+?)ELb(\d)ELb(\d)ELi(\d+)E"
     if match := re.search(row, mangled):
-        dtype, kernel, entropy, held = match.groups()
-        return kernel, dtype, entropy == "1", int(held)
+        dtype, kernel, entropy, support, held = match.groups()
+        return kernel, dtype, entropy == "1", support == "1", int(held)
     _, _, token = mangled.partition("token_kernelI")
     return (" of ".join(re.findall(r"\d((?:[A-Z][a-z]+)+)", token)),)
 
@@ -82,7 +83,7 @@ def main():
     for target, kernels in cuda_kernels().items():
         for name, r in sorted(kernels.items(), key=str):
             # From sm_90 on clusters take the place of registers that hold.
-            if target == "sm_80" or name[3:] in ((), (0,)):
+            if target == "sm_80" or name[4:] in ((), (0,)):
                 print(
                     f"{target:8} {' '.join(map(str, name)):40} {r['registers']:9} {r['spills']:6}"
                 )

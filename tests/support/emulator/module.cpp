@@ -20,7 +20,7 @@ struct Device {
   Tally reads, writes;
 } device;
 
-template <typename Machine, typename T, typename A, bool kEntropy, int kHeld>
+template <typename Machine, typename T, typename A, bool kEntropy, bool kSupport, int kHeld>
 void emulate(const Rows& rows, const A& a, const Plan& plan) {
   const std::int64_t count = rows.batch * rows.length;
   const int of = static_cast<int>(std::min<std::int64_t>(device.clusters, count));
@@ -46,7 +46,7 @@ void emulate(const Rows& rows, const A& a, const Plan& plan) {
       for (int thread = 0; thread < Machine::kThreads; ++thread) {
         cluster.scheduler.add([&, thread] {
           Machine machine(block, thread);
-          r2vpo::run<Machine, T, A, kEntropy, kHeld>(machine, rows, a, plan.stages);
+          r2vpo::run<Machine, T, A, kEntropy, kSupport, kHeld>(machine, rows, a, plan.stages);
         });
       }
     }
@@ -79,15 +79,16 @@ void emulate(const A& a) {
 }
 
 struct Launcher {
-  template <typename T, typename A, bool kEntropy>
+  template <typename T, typename A, bool kEntropy, bool kSupport>
   static void launch(const CudaTarget&, const Rows& rows, const A& a) {
     using Bulk = Emulated<true>;
     using Narrow = Emulated<false>;
-    const std::int64_t words = rows.vocabulary / Place<T>::kColumns;
-    const Plan plan = make_plan(device.limits, words, Looks<A>::kFirst && Looks<A>::kSecond,
-                                Bulk::kChunk, 0);
-    device.limits.clusters ? emulate<Bulk, T, A, kEntropy, 0>(rows, a, plan)
-                           : emulate<Narrow, T, A, kEntropy, kHeld>(rows, a, plan);
+    const std::int64_t words = words_of<T, kSupport>(rows, a);
+    constexpr bool kHolds = may_hold<A, kSupport>();
+    const Plan plan = make_plan(device.limits, words, kHolds, Bulk::kChunk, 0);
+    device.limits.clusters
+        ? emulate<Bulk, T, A, kEntropy, kSupport, 0>(rows, a, plan)
+        : emulate<Narrow, T, A, kEntropy, kSupport, kHolds ? kHeld : 0>(rows, a, plan);
   }
 
   template <typename A>
