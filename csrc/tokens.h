@@ -50,6 +50,42 @@ R2VPO_TOKEN T element(const void* data, Dtype dtype, std::int64_t k) {
   return T{};
 }
 
+R2VPO_TOKEN std::uint32_t bits_of_float(float x) {
+  std::uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+// To nearest, ties to even.
+R2VPO_TOKEN std::uint16_t bfloat16_of(float x) {
+  const std::uint32_t bits = bits_of_float(x);
+  if (x != x) return 0x7fc0u;
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+R2VPO_TOKEN std::uint16_t half_of(float x) {
+  const std::uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (magnitude >= 143u << 23) {
+    half = x != x ? 0x7e00u : 0x7c00u;
+  } else if (magnitude < 113u << 23) {
+    // A sum with 1/2 rounds to multiples of 2^-24, which then stand in the low bits.
+    half = bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
+  } else {
+    half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return static_cast<std::uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+
+// Make x element k of an array of float32, bfloat16 or float16.
+R2VPO_TOKEN void put_element(void* data, Dtype dtype, std::int64_t k, float x) {
+  if (dtype == Dtype::float32) {
+    static_cast<float*>(data)[k] = x;
+  } else {
+    static_cast<std::uint16_t*>(data)[k] = dtype == Dtype::bfloat16 ? bfloat16_of(x) : half_of(x);
+  }
+}
+
 // Column c at token i of unit u.
 template <typename T>
 R2VPO_TOKEN T at(const Column& c, std::int64_t u, std::int64_t i) {

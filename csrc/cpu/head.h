@@ -30,6 +30,16 @@ inline Pair fma(Pair a, Pair b, Pair c) {
   return {fma(a.first, b.first, c.first), fma(a.second, b.second, c.second)};
 }
 
+// As columns of float32 lie, of what was read from halves.
+inline Pair in_order(Pair x) {
+  float columns[kStep];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    columns[2 * lane] = x.first[lane];
+    columns[2 * lane + 1] = x.second[lane];
+  }
+  return load(reinterpret_cast<const Float32*>(columns));
+}
+
 // A row of float32 sums, or of numbers that are taken apart once, in the order of pairs.
 class PairRow {
  public:
@@ -63,19 +73,20 @@ class PairRow {
     return static_cast<float>(sum(even.first + odd.first) + sum(even.second + odd.second));
   }
 
-  // Times a factor, on top of what is there or in its place.
-  template <typename T>
-  void write(float factor, T* row, bool on_top) const {
+  // Times a factor, on top of what is there or in its place. T is what the numbers were read as.
+  template <typename T, typename Out>
+  void write(float factor, Out* row, bool on_top) const {
     const Floats by = broadcast(factor);
     for (std::int64_t column = 0; column < width_; column += kStep) {
       const std::int64_t rest = width_ - column;
-      const Pair sum = pairs_[column / kStep];
+      Pair sum = pairs_[column / kStep];
+      if constexpr (sizeof(T) != sizeof(Out)) sum = in_order(sum);
       Pair x = {sum.first * by, sum.second * by};
       if (on_top) {
         const Pair there = rest < kStep ? load_part(row + column, rest, 0.0f) : load(row + column);
         x = {x.first + there.first, x.second + there.second};
       }
-      x = {T::ties_to_even(x.first), T::ties_to_even(x.second)};
+      x = {Out::ties_to_even(x.first), Out::ties_to_even(x.second)};
       rest < kStep ? store_part(row + column, x, rest) : store(row + column, x);
     }
   }
@@ -162,7 +173,7 @@ void head_dhidden_of(const CpuTarget& target, const HeadDhidden& a) {
       if (k + 1 < count) prefetch(row(k + 1), a.width);
       sum.add(slope, row(k));
     }
-    sum.write(a.scale, static_cast<Out*>(a.dhidden) + i * a.width, false);
+    sum.template write<T>(a.scale, static_cast<Out*>(a.dhidden) + i * a.width, false);
   });
 }
 
@@ -208,7 +219,7 @@ void head_dweight_of(const CpuTarget& target, const HeadDweight& a) {
           if (dweight) {
             Out* const row = dweight + word * a.width + left;
             if (any) {
-              sum.write(a.scale, row, a.on_top);
+              sum.template write<T>(a.scale, row, a.on_top);
             } else if (!a.on_top) {
               stream_zeros(row, width * sizeof(Out));
             }

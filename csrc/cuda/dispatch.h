@@ -35,7 +35,7 @@ class Dispatch {
   static constexpr Kernels<CudaTarget> kernels = {
       by_entropy<LogpsForward>, by_entropy<LogpsBackward>, by_entropy<OnePass>,
       by_type<Scale, false, false>, To::launch, To::launch, To::launch, To::launch, To::launch,
-      To::launch};
+      To::launch, To::launch, To::launch, To::launch};
 };
 
 }  // namespace r2vpo

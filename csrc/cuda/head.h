@@ -61,7 +61,7 @@ R2VPO_DEVICE void write_row(const Machine& machine, const Head& a, void* rows, D
     const std::int64_t column = left + j * kWarpSize + machine.lane();
     if (column >= a.width) continue;
     const float there = on_top ? element<float>(rows, dtype, begin + column) : 0.0f;
-    machine.store_number(rows, dtype, begin + column, there + a.scale * sum[j]);
+    put_element(rows, dtype, begin + column, there + a.scale * sum[j]);
   }
 }
 
@@ -153,7 +153,7 @@ R2VPO_DEVICE void run(Machine& machine, const HeadDweight& a) {
         }
         if (a.dbias && left == 0 && machine.lane() == 0 && (any || !a.on_top)) {
           const float there = a.on_top ? element<float>(a.dbias, out, word) : 0.0f;
-          machine.store_number(a.dbias, out, word, there + a.scale * bias);
+          put_element(a.dbias, out, word, there + a.scale * bias);
         }
         for (int j = 0; j < kColumnsOfLane; ++j) sum[j] = 0.0f;
         bias = 0.0f;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "rows.h"
+#include "head.h"
 #include "tokens.h"
 
 namespace r2vpo {
@@ -292,6 +293,10 @@ class TokenGpu {
   template <typename N>
   __device__ __forceinline__ N shuffle_xor(N x, int step) const {
     return __shfl_xor_sync(0xffffffffu, x, step);
+  }
+  template <typename N>
+  __device__ __forceinline__ N shuffle(N x, int lane) const {
+    return __shfl_sync(0xffffffffu, x, lane);
   }
   __device__ __forceinline__ void sync_block() const { __syncthreads(); }
 

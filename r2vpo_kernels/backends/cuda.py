@@ -62,3 +62,6 @@ finish = _launchers.finish
 shard_parts = _launchers.shard_parts
 shard_combine = _launchers.shard_combine
 dual_step = _launchers.dual_step
+head_logits = _launchers.head_logits
+head_dhidden = _launchers.head_dhidden
+head_dweight = _launchers.head_dweight

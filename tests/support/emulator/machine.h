@@ -25,6 +25,7 @@
 
 #include "../../../csrc/cpu/vector.h"
 #include "../../../csrc/cuda/rows.h"
+#include "../../../csrc/cuda/head.h"
 #include "../../../csrc/cuda/tokens.h"
 
 namespace r2vpo {
@@ -440,6 +441,15 @@ class EmulatedTokens {
     block_.exchange[thread_] = x;
     grid_.scheduler.meet(lanes);
     const N y = static_cast<N>(block_.exchange[thread_ ^ step]);
+    grid_.scheduler.meet(lanes);
+    return y;
+  }
+  template <typename N>
+  N shuffle(N x, int lane) {
+    Meeting& lanes = block_.warps[warp()];
+    block_.exchange[thread_] = x;
+    grid_.scheduler.meet(lanes);
+    const N y = static_cast<N>(block_.exchange[warp() * kWarpSize + lane]);
     grid_.scheduler.meet(lanes);
     return y;
   }
