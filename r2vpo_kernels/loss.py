@@ -137,9 +137,9 @@ def r2vpo_loss(
         group_size: every so many consecutive sequences are a group. Neither: all are one group.
         mask: like labels, nonzero is valid. What stands in any input at other tokens is harmless.
         ignore_index: labels of this value are masked too.
-        sampling_mask: the words that each token was sampled from, by top-k, top-p or min-p: log-probs,
-            entropy and gradients are those of the policy renormalised over them, and old_logps and
-            ref_logps must be too. In the order of the flattened labels, of the whole vocabulary.
+        sampling_mask: the words that each token was sampled from, by top-k, top-p or min-p, in the
+            order of the flattened labels: log-probs, entropy and gradients are those of the policy
+            renormalised over them, and old_logps and ref_logps must be too. docs/sampling_masks.md.
         reduction: w, over valid tokens. "token-mean": 1 / tokens; "seq-mean-token-mean":
             1 / sequences / the sequence's tokens; "seq-mean-token-sum": 1 / sequences;
             "seq-mean-token-sum-norm": 1 / sequences / T; "none": 1, one loss per token. Sequences

@@ -182,7 +182,7 @@ class Call:
 
     def flat(self, like: Tensor) -> tuple[Any, ...]:
         """In the order of CALL."""
-        batch, objective, kept = self.batch, self.objective, self.batch.sampling_mask
+        batch, objective, sets = self.batch, self.objective, self.batch.sampling_mask
         numbers, vector = self.numbers(), None
         if torch.compiler.is_compiling():
             zero = like.new_zeros((), dtype=torch.float32)
@@ -190,7 +190,8 @@ class Call:
             numbers = []
         return (
             batch.shape, batch.labels, _constant(batch.mask), batch.ignore_index, batch.cu_seqlens,
-            *((None, None, None, "error") if kept is None else (*kept.tensors(), kept.missing_label)),
+            *((None,) * 3 if sets is None else sets.tensors()),
+            "error" if sets is None else sets.missing_label,
             batch.group_ids, batch.num_groups, batch.group_size, batch.reduction,
             _constant(batch.normalizer), batch.normalizer is not None,
             _constant(objective.advantages), _constant(objective.old_logps),
@@ -212,18 +213,20 @@ class Call:
             return call
         (
             shape, labels, mask, ignore_index, cu_seqlens, token_ids, offsets, largest,
-            missing_label, group_ids, num_groups, group_size, reduction, normalizer, normalized, advantages, old_logps, variance_coef, center,
-            empirical_center, ratio_level, importance_weights, ref_logps, kl_estimator,
-            temperature, numbers, number_vector, with_entropy, backend,
+            missing_label, group_ids, num_groups, group_size, reduction, normalizer, normalized,
+            advantages, old_logps, variance_coef, center, empirical_center, ratio_level,
+            importance_weights, ref_logps, kl_estimator, temperature, numbers, number_vector, with_entropy, backend,
         ) = arguments  # fmt: skip
         if number_vector is not None:
             numbers = [1.0] * 6  # not read
         if normalized and normalizer is None:
             normalizer = numbers[2]
+        sampling_mask = None
+        if token_ids is not None:
+            sampling_mask = SamplingMask.of(token_ids, offsets, largest, missing_label)
         batch = Batch(
             torch.Size(shape), labels, mask, ignore_index, cu_seqlens, group_ids, num_groups,
-            group_size, reduction, normalizer,
-            None if token_ids is None else SamplingMask.of(token_ids, offsets, largest, missing_label),
+            group_size, reduction, normalizer, sampling_mask,
         )  # fmt: skip
         objective = Objective(
             advantages,

@@ -210,7 +210,7 @@ class Tokens:
         support, mask = None, batch.sampling_mask
         if mask is not None:
             words = vocabulary if whole is None else whole
-            expected = f"token_ids from 0 to {words - 1}, none twice in a set"
+            expected = f"token_ids from 0 to {words - 1}"
             one = check(one, mask.largest < words, mask.largest, "sampling_mask", expected)
             support, missing = Support.of(mask, labels)
             expected = "each in the token's set of sampling_mask, or its missing_label='full'"

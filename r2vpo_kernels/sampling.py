@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ class SamplingMask:
         missing_label: what becomes of a token whose label is not in its set: "error", or "full",
             the full vocabulary.
 
-    `len()` counts the tokens; `mask[a:b]` and `mask[index]`, with an integer tensor, select some.
-    The sets are sorted once, here, for all calls that they are passed to.
+    `len()` counts the tokens; `mask[a:b]` and `mask[index]`, with integers or a mask, select some,
+    and `cat` joins. The sets are sorted once, here, for all calls that they are passed to.
 
     Raises: ValueError or TypeError that names what is wrong. What tensors on a GPU hold is checked
         there: bad sets make the loss of each call NaN, or raise here with R2VPO_KERNELS_VALIDATE=1
@@ -92,9 +92,8 @@ class SamplingMask:
                     f"{ids[at].item()} twice in the set of token {token[at].item()}",
                     "each id once",
                 )
-        largest = torch.cat([ids, ids.new_full((1,), -1)]).amax()
         wrong = ~rises | negative.any() | twice.any()
-        self.largest = torch.where(wrong, NO_WORD, largest)
+        self.largest = torch.where(wrong, NO_WORD, _largest(ids))
         self.token_ids = ids.clamp(0, 2**31 - 1).int()
         self.missing_label = missing_label
         self._by_word = None
@@ -109,7 +108,7 @@ class SamplingMask:
         """From one list of ids for each token, or None for the full vocabulary."""
         try:
             counts = [0 if ids is None else len(ids) for ids in sets]
-            flat = list(chain.from_iterable(ids for ids in sets if ids is not None))
+            flat = list(itertools.chain.from_iterable(ids for ids in sets if ids is not None))
             token_ids = torch.tensor(flat, dtype=None if flat else torch.int64, device=device)
         except (TypeError, ValueError) as error:
             expected = "a list of ids, or None, for each token"
@@ -181,7 +180,10 @@ class SamplingMask:
         )
 
     def __getitem__(self, tokens: slice | Tensor) -> SamplingMask:
-        """The sets of these tokens: a slice of step 1, or integers. On a GPU it waits for it."""
+        """The sets of these tokens: a slice of step 1, integers or a mask.
+
+        On a GPU it waits for it.
+        """
         if isinstance(tokens, slice):
             begin, end, step = tokens.indices(len(self))
             if step != 1:
@@ -189,6 +191,10 @@ class SamplingMask:
             offsets = self.offsets[begin : max(begin, end) + 1]
             first, last = offsets[[0, -1]].tolist()
             return self._of(self.token_ids[first:last], offsets - first)
+        if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
+            if tokens.shape != (len(self),):
+                raise invalid("tokens", tokens, f"shape ({len(self)},) where it is a mask")
+            tokens = tokens.nonzero().squeeze(1)
         _check_vector("tokens", tokens)
         check_device("tokens", tokens, self.offsets.device)
         tokens, count = tokens.long(), len(self)
@@ -201,6 +207,20 @@ class SamplingMask:
         place = torch.arange(int(offsets[-1]), device=offsets.device)
         place += (begins - offsets[:-1]).repeat_interleave(counts)
         return self._of(self.token_ids[place], offsets)
+
+    @staticmethod
+    def cat(masks: Sequence[SamplingMask]) -> SamplingMask:
+        """The sets of all their tokens, one mask after another; all with the same missing_label."""
+        if len({mask.missing_label for mask in masks}) != 1:
+            raise invalid("masks", list(masks), "some, with the same missing_label")
+        begins = [0, *itertools.accumulate(mask.token_ids.shape[0] for mask in masks)]
+        offsets = [mask.offsets[1:] + begin for mask, begin in zip(masks, begins, strict=False)]
+        return SamplingMask.of(
+            torch.cat([mask.token_ids for mask in masks]),
+            torch.cat([masks[0].offsets[:1], *offsets]),
+            torch.stack([mask.largest for mask in masks]).amax(),
+            masks[0].missing_label,
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SamplingMask:
         """The same on another device."""
@@ -226,6 +246,11 @@ class SamplingMask:
         mask._by_word = None
         return mask
 
+    def checksum(self) -> int:
+        """Of the ids and where they are; on a GPU this waits for it."""
+        place = torch.arange(1, self.token_ids.shape[0] + 1, device=self.offsets.device)
+        return int((self.token_ids * place).sum() + 31 * self.offsets.sum())
+
     def by_word(self) -> Tensor:
         """(M,) int32: the places of all ids by word and, of one word, by token. It is kept."""
         if self._by_word is None:
@@ -233,7 +258,13 @@ class SamplingMask:
         return self._by_word
 
     def _of(self, token_ids: Tensor, offsets: Tensor) -> SamplingMask:
-        return SamplingMask.of(token_ids, offsets, self.largest, self.missing_label)
+        largest = torch.where(self.largest == NO_WORD, NO_WORD, _largest(token_ids))
+        return SamplingMask.of(token_ids, offsets, largest, self.missing_label)
+
+
+def _largest(ids: Tensor) -> Tensor:
+    """-1 of none."""
+    return nn.functional.pad(ids.long(), (0, 1), value=-1).amax()
 
 
 def _check_vector(name: str, value: Any) -> None:

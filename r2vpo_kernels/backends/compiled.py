@@ -78,8 +78,8 @@ class Launchers:
     ) -> None:  # fmt: skip
         """Write into dlogits the gradient of logps and, with entropy, that of entropy (Eq. 8)."""
         self._launch(
-            "logps_backward", logits, logits, dlogits, *_tokens(t), t.support, index, first, logps, top,
-            log_total, entropy, grad_logps, grad_entropy, upstream,
+            "logps_backward", logits, logits, dlogits, *_tokens(t), t.support, index, first, logps,
+            top, log_total, entropy, grad_logps, grad_entropy, upstream,
         )  # fmt: skip
 
     def one_pass(

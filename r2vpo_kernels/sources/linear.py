@@ -19,6 +19,7 @@ from ..checks import (
     check_count,
     check_device,
     check_float,
+    check_integer,
     check_labels,
     check_number,
     check_positive,
@@ -166,6 +167,9 @@ def _check_backward(*arguments: Any) -> None:
         grad_entropy=grad_entropy, **dict(zip(names, saved, strict=True)),
     )  # fmt: skip
     ops.check_support(saved[0], hidden.shape[0], token_ids)
+    if head.sparse:
+        check_integer("offsets", offsets)
+        ops.check_is("offsets", offsets, torch.int64, hidden.device, (hidden.shape[0] + 1,))
     if upstream is not None:
         ops.check_is("upstream", upstream, torch.float32, hidden.device, ())
 

@@ -22,6 +22,7 @@ from ..backends.calls import SHARD_FAULT
 from ..batch import Batch
 from ..checks import check, may_synchronise
 from ..objective import Objective
+from ..sampling import SamplingMask
 from .autograd import refuse_double_backward
 
 if TYPE_CHECKING:
@@ -292,7 +293,11 @@ def exchange_shard_layout(
     for asked in (batch, objective):
         for field in fields(asked):
             name, value = field.name, getattr(asked, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, SamplingMask):
+                # Not under a compiler, which knows no values.
+                looks = may_synchronise(value.token_ids) and not torch.compiler.is_compiling()
+                kind.append(f"{name} {value} {value.checksum() if looks else ''}")
+            elif isinstance(value, Tensor):
                 kind.append(f"{name} {value.dtype}")
                 shapes[name] = value.shape
             elif name != "shape" and not (

@@ -1,4 +1,4 @@
-"""The products of tokens that have a support: only the logits of its words are formed (Eq. 27, 28)."""
+"""The products of tokens that have a support: only its words' logits are formed (Eq. 27, 28)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """SamplingMask: what it is made of, its parts, and input that is refused."""
 
+import itertools
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,7 @@ def sets_in(mask):
     ids, ends = mask.token_ids.tolist(), mask.offsets.tolist()
     assert mask.token_ids.dtype == torch.int32 and mask.offsets.dtype == torch.int64
     assert ends[0] == 0 and ends[-1] == len(ids) and len(ends) == len(mask) + 1
-    return [ids[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+    return [ids[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 def csr(sets):
