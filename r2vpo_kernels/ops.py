@@ -215,7 +215,8 @@ class Call:
             shape, labels, mask, ignore_index, cu_seqlens, token_ids, offsets, largest,
             missing_label, group_ids, num_groups, group_size, reduction, normalizer, normalized,
             advantages, old_logps, variance_coef, center, empirical_center, ratio_level,
-            importance_weights, ref_logps, kl_estimator, temperature, numbers, number_vector, with_entropy, backend,
+            importance_weights, ref_logps, kl_estimator, temperature, numbers, number_vector,
+            with_entropy, backend,
         ) = arguments  # fmt: skip
         if number_vector is not None:
             numbers = [1.0] * 6  # not read

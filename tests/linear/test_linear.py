@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import r2vpo_kernels
 from r2vpo_kernels import (
+    SamplingMask,
     checks,
     linear_r2vpo_loss,
     linear_token_logps,
@@ -32,6 +33,7 @@ from r2vpo_kernels.batch import Batch
 from r2vpo_kernels.objective import Objective
 from r2vpo_kernels.sources import products as module
 from r2vpo_kernels.sources.linear import linear_logps_forward
+from r2vpo_kernels.sources.sparse import can_serve
 
 H, V = 16, 40
 
@@ -591,25 +593,34 @@ def test_a_model_gets_the_gradients_of_its_logits(device, tied, checkpointed):
     "name", ["linear_logps_forward", "linear_logps_backward", "linear_one_pass"]
 )
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_opcheck(kernels, device, name, with_entropy):
+@pytest.mark.parametrize("sparse", [False, True])
+def test_opcheck(kernels, device, name, with_entropy, sparse):
     """Of hidden states that lie the other way round, and in another dtype than the products."""
+    if sparse and not can_serve(kernels, True):
+        pytest.skip("no sparse head")
     hidden, weight, labels, old_logps, advantages = draw(device)
     labels[0, 0] = -100
     columns = hidden.reshape(-1, H).t().contiguous().t()
     head = (columns, weight, weight[:, 0].clone(), 3.0, 0.5, torch.bfloat16, 7, True)
     batch = Batch(labels.shape, labels, reduction="token-mean")
+    if sparse:
+        # Words of its own, the full vocabulary, or the label alone.
+        of_token = (lambda y: [y, (y + 1) % V], lambda y: None, lambda y: [y])
+        sets = [of_token[i % 3](y) for i, y in enumerate(labels.clamp(min=0).flatten().tolist())]
+        batch.sampling_mask = SamplingMask.from_lists(sets, device=device)
     objective = Objective(advantages, old_logps, ref_logps=old_logps - 0.1, kl_coef=0.1)
-    flat = ops.Call(batch, objective, with_entropy, kernels).flat(hidden)
-    forward = (*head, [False] * 3, None, *flat)
+    call = ops.Call(batch, objective, with_entropy, kernels)
+    flat = call.flat(hidden)
+    forward = (*head, [False] * 3, sparse, None, *flat)
     saved = linear_logps_forward(*forward)
     entropy = saved[-1]
-    gradients = (saved[1], entropy, None, with_entropy, kernels)
+    gradients = (saved[1], entropy, None, call.token_ids, None, with_entropy, kernels, call.offsets)
     arguments = {
         "linear_logps_forward": forward,
         "linear_logps_backward": (
-            *head, [True, False, True], *(x.clone() for x in saved), *gradients,
+            *head, [True, False, True], sparse, *(x.clone() for x in saved), *gradients,
         ),
-        "linear_one_pass": (*head, [True, True, False], *flat),
+        "linear_one_pass": (*head, [True, True, False], sparse, *flat),
     }[name]  # fmt: skip
     check_op(name, arguments)
 

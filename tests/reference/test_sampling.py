@@ -1,6 +1,7 @@
 """SamplingMask: what it is made of, its parts, and input that is refused."""
 
 import itertools
+
 import pytest
 import torch
 from hypothesis import given
