@@ -43,7 +43,7 @@ from .autograd import (
 from .dtensor import gathered, is_dtensor
 from .products import Head, Products
 from .shard import VocabularyShard, reference_tokens
-from .sparse import SparseHead, can_serve, is_worthwhile
+from .sparse import SparseHead, is_worthwhile
 
 # The ops; the gradients that are not `wanted` are empty. _HEAD: the fields of Head.
 
@@ -58,7 +58,7 @@ def _head_of(arguments: tuple[Any, ...]) -> tuple[Head, tuple[Any, ...]]:
     return Head(*arguments[:_HEAD_LENGTH]), arguments[_HEAD_LENGTH:]
 
 
-def _check_head(head: Head, backend: str, token_ids: Tensor | None) -> None:
+def _check_head(head: Head, token_ids: Tensor | None) -> None:
     hidden, weight, bias, wanted = head.hidden, head.weight, head.bias, head.wanted
     if hidden.dim() != 2:
         raise invalid("hidden", hidden, "shape (N, H)")
@@ -68,8 +68,8 @@ def _check_head(head: Head, backend: str, token_ids: Tensor | None) -> None:
         raise invalid("bias", bias, f"shape ({weight.shape[0]},)")
     if len(wanted) != 3 or (bias is None and wanted[2]):
         raise invalid("wanted", wanted, "three booleans, of gradients that there are")
-    if head.sparse and (token_ids is None or not can_serve(backend, head.compact)):
-        raise invalid("sparse", True, "False here, or a sampling mask, compact and backend 'cpp'")
+    if head.sparse and (token_ids is None or not head.compact):
+        raise invalid("sparse", True, "False without a sampling mask or compact")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             check_device(name, value, hidden.device)
@@ -77,7 +77,7 @@ def _check_head(head: Head, backend: str, token_ids: Tensor | None) -> None:
 
 def _check_call(head: Head, flat: tuple[Any, ...]) -> None:
     hidden, call = head.hidden, ops.Call.of(flat)
-    _check_head(head, call.backend, call.token_ids)
+    _check_head(head, call.token_ids)
     ops.check_backend(call.backend, hidden.new_empty(0, dtype=head.dtype))
     if call.batch.tokens != hidden.shape[0] or call.batch.labels is None:
         raise invalid("labels", call.batch.labels, f"{hidden.shape[0]} integers")
@@ -158,7 +158,7 @@ def _check_backward(*arguments: Any) -> None:
         offsets,
     ) = rest
     hidden = head.hidden
-    _check_head(head, backend, token_ids)
+    _check_head(head, token_ids)
     ops.check_layout(layout)
     ops.check_backend(backend, hidden.new_empty(0, dtype=head.dtype))
     names = ("workspace", "logps", "top", "log_total", "entropy")
@@ -431,8 +431,7 @@ class LinearLogits:
         return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
 
     def _is_sparse(self, batch: Batch) -> bool:
-        size = batch.tokens, self.vocabulary
-        return is_worthwhile(batch.sampling_mask, *size, self.compact, self.backend)
+        return is_worthwhile(batch.sampling_mask, batch.tokens, self.vocabulary, self.compact)
 
     def of_shard(self, shard: VocabularyShard) -> LinearLogits:
         if shard.words or self.backend == "eager":

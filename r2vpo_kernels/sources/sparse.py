@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import registry
 from ..backends.calls import Tokens
 from ..sampling import SamplingMask, token_of_each
 from .products import Products
@@ -18,16 +17,12 @@ from .products import Products
 DENSE_SPEED = 64
 
 
-def can_serve(backend: str, compact: bool) -> bool:
-    """Whether there is a sparse head; which tokens it leaves out `compact` finds."""
-    return compact and hasattr(registry.load(backend), "head_logits")
+def is_worthwhile(mask: SamplingMask | None, tokens: int, vocabulary: int, compact: bool) -> bool:
+    """Whether tokens that have a support are better left to the sparse head.
 
-
-def is_worthwhile(
-    mask: SamplingMask | None, tokens: int, vocabulary: int, compact: bool, backend: str
-) -> bool:
-    """Whether tokens that have a support are better left to the sparse head."""
-    if mask is None or not can_serve(backend, compact):
+    Which tokens have none is found together with those that are masked, by `compact`.
+    """
+    if mask is None or not compact:
         return False
     return 0 < mask.token_ids.shape[0] * DENSE_SPEED <= tokens * vocabulary
 

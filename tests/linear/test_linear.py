@@ -33,7 +33,6 @@ from r2vpo_kernels.batch import Batch
 from r2vpo_kernels.objective import Objective
 from r2vpo_kernels.sources import products as module
 from r2vpo_kernels.sources.linear import linear_logps_forward
-from r2vpo_kernels.sources.sparse import can_serve
 
 H, V = 16, 40
 
@@ -596,8 +595,6 @@ def test_a_model_gets_the_gradients_of_its_logits(device, tied, checkpointed):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_opcheck(kernels, device, name, with_entropy, sparse):
     """Of hidden states that lie the other way round, and in another dtype than the products."""
-    if sparse and not can_serve(kernels, True):
-        pytest.skip("no sparse head")
     hidden, weight, labels, old_logps, advantages = draw(device)
     labels[0, 0] = -100
     columns = hidden.reshape(-1, H).t().contiguous().t()

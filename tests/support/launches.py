@@ -21,6 +21,7 @@ from r2vpo_kernels.backends import registry
 
 ROW_KERNELS = ("logps_forward", "logps_backward", "one_pass", "scale")
 TOKEN_KERNELS = ("prepare", "means", "finish", "shard_parts", "shard_combine", "dual_step")
+HEAD_KERNELS = ("head_logits", "head_dhidden", "head_dweight")
 # Operators that make a tensor and leave it as it is, or look at its shape alone.
 _IDLE = frozenset(
     (
@@ -41,7 +42,7 @@ def count_launches(call: Callable[[], Any]) -> Counter[str]:
     with ExitStack() as stack:
         for backend in registry.available():
             module = registry.load(backend)
-            for name in (*ROW_KERNELS, *TOKEN_KERNELS):
+            for name in (*ROW_KERNELS, *TOKEN_KERNELS, *HEAD_KERNELS):
                 counted = mode.counted(name, module)
                 stack.enter_context(patch.object(module, name, counted))
         stack.enter_context(mode)
