@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from .checks import (
     MISSING_LABELS,
@@ -238,3 +239,16 @@ def _token_of(offsets: Tensor, count: int) -> Tensor:
     token = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
     # Offsets that end early (and are reported) leave no index outside.
     return token.clamp(max=max(offsets.shape[0] - 2, 0))
+
+
+# Tools that walk inputs, such as torch.export, find the tensors.
+register_pytree_node(
+    SamplingMask,
+    lambda mask: (list(mask.tensors()), mask.missing_label),
+    lambda tensors, missing_label: SamplingMask.of(*tensors, missing_label),
+    serialized_type_name="r2vpo_kernels.SamplingMask",
+    flatten_with_keys_fn=lambda mask: (
+        [(GetAttrKey(n), getattr(mask, n)) for n in ("token_ids", "offsets", "largest")],
+        mask.missing_label,
+    ),
+)

@@ -22,6 +22,7 @@ from ..backends.calls import SHARD_FAULT
 from ..batch import Batch
 from ..checks import check, may_synchronise
 from ..objective import Objective
+from ..sampling import SamplingMask
 from .autograd import refuse_double_backward
 
 if TYPE_CHECKING:
@@ -289,17 +290,26 @@ def exchange_shard_layout(
         raise
     kind = [source.compatibility_key, f"entropy {with_entropy}"]
     shapes: dict[str, torch.Size] = {"tokens": batch.shape}
-    for asked in (batch, objective):
-        for field in fields(asked):
-            name, value = field.name, getattr(asked, field.name)
-            if isinstance(value, Tensor):
-                kind.append(f"{name} {value.dtype}")
-                shapes[name] = value.shape
-            elif name != "shape" and not (
-                # A number that a compilation must not depend on is not compared there.
-                isinstance(value, float) and torch.compiler.is_compiling()
-            ):
-                kind.append(f"{name} {value}")
+    asked = [
+        (field.name, getattr(x, field.name)) for x in (batch, objective) for field in fields(x)
+    ]
+    mask = batch.sampling_mask
+    if mask is not None:
+        asked += [("token_ids", mask.token_ids), ("missing_label", mask.missing_label)]
+        if may_synchronise(mask.largest) and not torch.compiler.is_compiling():
+            # Where one rank alone had a word that there is not, it alone would raise.
+            asked.append(("the largest of token_ids", int(mask.largest)))
+    for name, value in asked:
+        if isinstance(value, Tensor):
+            kind.append(f"{name} {value.dtype}")
+            shapes[name] = value.shape
+        elif isinstance(value, SamplingMask):
+            kind.append(f"{name} given")
+        elif name != "shape" and not (
+            # A number that a compilation must not depend on is not compared there.
+            isinstance(value, float) and torch.compiler.is_compiling()
+        ):
+            kind.append(f"{name} {value}")
     lengths = [len(shape) for shape in shapes.values()]
     flat = [n for shape in shapes.values() for n in shape]
     layout = _layout(
