@@ -293,11 +293,14 @@ class Call:
         check_is("largest", mask.largest, torch.int64, device, ())
         if not may_synchronise(mask.offsets):
             return
-        made = SamplingMask(mask.token_ids, mask.offsets)
-        if not torch.equal(made.token_ids, mask.token_ids):
-            raise invalid("token_ids", mask.token_ids, "ids that rise within each set")
-        if mask.largest < made.largest:
-            raise invalid("largest", mask.largest.item(), f"at least {made.largest.item()}")
+        ids, offsets, count = mask.token_ids, mask.offsets, mask.token_ids.shape[0]
+        if not ((offsets[0] == 0) & (offsets[-1] == count) & (offsets.diff() >= 0).all()):
+            raise invalid("offsets", offsets.tolist(), f"numbers that rise from 0 to {count}")
+        rises = (ids.diff() > 0) | (mask.token_of().diff() > 0)
+        if not ((ids >= 0).all() & rises.all()):
+            raise invalid("token_ids", ids, "ids of at least 0 that rise within each set")
+        if (ids > mask.largest).any():
+            raise invalid("largest", mask.largest.item(), "an id of which none is larger")
 
 
 def _constant(value: Any) -> Tensor | None:

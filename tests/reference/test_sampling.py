@@ -1,11 +1,13 @@
 """SamplingMask: what it is made of, its parts, and input that is refused."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r2vpo_kernels import SamplingMask, checks, sampling, token_logps
+from r2vpo_kernels import SamplingMask, checks, ops, r2vpo_loss, sampling, token_logps
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SETS = [[5, 2, 9], [], [7], [0, 1], [], [3]]
@@ -16,7 +18,7 @@ def sets_in(mask):
     ids, ends = mask.token_ids.tolist(), mask.offsets.tolist()
     assert mask.token_ids.dtype == torch.int32 and mask.offsets.dtype == torch.int64
     assert ends[0] == 0 and ends[-1] == len(ids) and len(ends) == len(mask) + 1
-    return [ids[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+    return [ids[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 def csr(sets):
@@ -328,8 +330,6 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_where_nobody_looks_wrong_sets_make_all_calls_nan(name, backend, device, monkeypatch):
     """As on a GPU: no error where a mask is made, nor where parts are taken of it."""
-    from r2vpo_kernels import ops, r2vpo_loss
-
     for module in (sampling, checks, ops):
         monkeypatch.setattr(module, "may_synchronise", lambda value: False)
     ids, offsets = (torch.tensor(x, device=device) for x in WRONG[name])
