@@ -177,7 +177,8 @@ def _check_cu_seqlens(cu_seqlens: Tensor, shape: torch.Size, device: torch.devic
 def _check_sampling_mask(mask: Any, tokens: int, device: torch.device) -> None:
     if not isinstance(mask, SamplingMask):
         raise TypeError(f"sampling_mask: got {type(mask).__name__}, expected a SamplingMask")
-    if len(mask) != tokens:
+    # len() would make a constant of a symbolic size.
+    if mask.offsets.shape[0] != tokens + 1:
         raise invalid("sampling_mask", f"sets of {len(mask)} tokens", f"{tokens}, one per label")
     check_device("sampling_mask", mask.offsets, device)
 

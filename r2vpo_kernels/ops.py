@@ -29,7 +29,15 @@ from .backends.calls import (
 )
 from .backends.calls import column as column_of
 from .batch import Batch
-from .checks import KL_ESTIMATORS, check_device, check_float, invalid, may_synchronise
+from .checks import (
+    KL_ESTIMATORS,
+    MISSING_LABELS,
+    check_choice,
+    check_device,
+    check_float,
+    invalid,
+    may_synchronise,
+)
 from .objective import Objective, checked_temperature
 from .output import METRICS
 from .sampling import SamplingMask
@@ -250,14 +258,8 @@ class Call:
         batch, objective = self.batch, self.objective
         if self.number_vector is not None:
             check_is("number_vector", self.number_vector, torch.float32, device, (6,))
-        mask = batch.sampling_mask
-        if mask is not None and may_synchronise(mask.offsets):
-            # Kernels take for granted what it does with what it is given.
-            if not torch.equal(
-                SamplingMask(mask.token_ids, mask.offsets).token_ids, mask.token_ids
-            ):
-                raise invalid("token_ids", mask.token_ids, "ids that rise within each set")
-            check_is("offsets", mask.offsets, torch.int64, device, (batch.tokens + 1,))
+        if batch.sampling_mask is not None:
+            self._check_sampling_mask(batch.sampling_mask, device)
         Batch.build(
             batch.shape,
             device,
@@ -291,6 +293,23 @@ class Call:
             log_ratio_clamp=objective.log_ratio_clamp,
             temperature=objective.temperature,
         )
+
+    def _check_sampling_mask(self, mask: SamplingMask, device: torch.device) -> None:
+        """Kernels take for granted what it does with what it is given."""
+        check_choice("missing_label", mask.missing_label, MISSING_LABELS)
+        check_is("token_ids", mask.token_ids, torch.int32, device, (mask.token_ids.numel(),))
+        check_is("offsets", mask.offsets, torch.int64, device, (self.batch.tokens + 1,))
+        check_is("largest", mask.largest, torch.int64, device, ())
+        if not may_synchronise(mask.offsets):
+            return
+        ids, offsets, count = mask.token_ids, mask.offsets, mask.token_ids.shape[0]
+        if not ((offsets[0] == 0) & (offsets[-1] == count) & (offsets.diff() >= 0).all()):
+            raise invalid("offsets", offsets.tolist(), f"numbers that rise from 0 to {count}")
+        rises = (ids.diff() > 0) | (mask.token_of().diff() > 0)
+        if not ((ids >= 0).all() & rises.all()):
+            raise invalid("token_ids", ids, "ids of at least 0 that rise within each set")
+        if (ids > mask.largest).any():
+            raise invalid("largest", mask.largest.item(), "an id of which none is larger")
 
 
 def _constant(value: Any) -> Tensor | None:
@@ -559,20 +578,32 @@ def _check_logps_backward(
         logps=logps, top=top, log_total=log_total, entropy=entropy, grad_logps=grad_logps,
         grad_entropy=grad_entropy,
     )  # fmt: skip
-    check_support(workspace, logps.numel(), token_ids)
+    check_support(workspace, logps.numel(), token_ids, layout, logits.shape[2])
     if upstream is not None:
         check_is("upstream", upstream, torch.float32, logits.device, ())
 
 
-def check_support(workspace: Tensor, tokens: int, token_ids: Tensor | None) -> None:
-    """Whether the workspace was written for these."""
+def check_support(
+    workspace: Tensor, tokens: int, token_ids: Tensor | None, layout: Tensor | None, words: int
+) -> None:
+    """Whether the workspace was written for these, and for logits of so many words."""
     if token_ids is None:
         return
-    check_is("token_ids", token_ids, torch.int32, workspace.device, (token_ids.numel(),))
-    if may_synchronise(workspace) and tokens:
-        begin, count, _ = row_tokens(workspace, tokens).supports.long()
-        if (begin < 0).any() or (begin + count > token_ids.numel()).any():
-            raise invalid("token_ids", token_ids, "those that the workspace was written for")
+    count = token_ids.numel()
+    check_is("token_ids", token_ids, torch.int32, workspace.device, (count,))
+    if not may_synchronise(workspace):
+        return
+    begin, kept, _ = row_tokens(workspace, tokens).supports.long()
+    end = begin + kept.clamp(min=0)
+    fits = bool(((begin >= 0) & (end <= count)).all())
+    if fits:
+        steps = token_ids.new_zeros(count + 1, dtype=torch.int64)
+        steps = steps.index_add(0, begin, torch.ones_like(begin))
+        used = steps.index_add(0, end, torch.full_like(end, -1)).cumsum(0)[:-1] > 0
+        column = token_ids[used] - (0 if layout is None else layout[0])
+        fits = bool(((column >= 0) & (column < words)).all())
+    if not fits:
+        raise invalid("token_ids", token_ids, "those that the workspace was written for")
 
 
 def row_tokens(
@@ -699,6 +730,8 @@ def _check_prepare(logps: Tensor, entropy: Tensor | None, *flat: Any) -> None:
         raise invalid("logps", logps, f"shape {tuple(call.batch.shape)}")
     if call.batch.labels is not None:
         raise invalid("labels", call.batch.labels, "None where log-probs are given")
+    if call.token_ids is not None:
+        raise invalid("token_ids", call.token_ids, "None where log-probs are given")
     if entropy is not None:
         check_float("entropy", entropy)
         if entropy.shape != logps.shape:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from .checks import (
     MISSING_LABELS,
@@ -284,3 +285,16 @@ def token_of_each(offsets: Tensor, count: int) -> Tensor:
 def order_by_word(token_ids: Tensor) -> Tensor:
     """(M,) int32: the places of all ids by word and, of one word, by token."""
     return token_ids.argsort(stable=True).int()
+
+
+# Tools that walk inputs, such as torch.export, find the tensors.
+register_pytree_node(
+    SamplingMask,
+    lambda mask: (list(mask.tensors()), mask.missing_label),
+    lambda tensors, missing_label: SamplingMask.of(*tensors, missing_label),
+    serialized_type_name="r2vpo_kernels.SamplingMask",
+    flatten_with_keys_fn=lambda mask: (
+        [(GetAttrKey(n), getattr(mask, n)) for n in ("token_ids", "offsets", "largest")],
+        mask.missing_label,
+    ),
+)

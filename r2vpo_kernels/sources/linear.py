@@ -166,7 +166,7 @@ def _check_backward(*arguments: Any) -> None:
         hidden.shape[0], hidden.device, with_entropy, grad_logps=grad_logps,
         grad_entropy=grad_entropy, **dict(zip(names, saved, strict=True)),
     )  # fmt: skip
-    ops.check_support(saved[0], hidden.shape[0], token_ids)
+    ops.check_support(saved[0], hidden.shape[0], token_ids, layout, head.weight.shape[0])
     if head.sparse:
         check_integer("offsets", offsets)
         ops.check_is("offsets", offsets, torch.int64, hidden.device, (hidden.shape[0] + 1,))

@@ -290,21 +290,25 @@ def exchange_shard_layout(
         raise
     kind = [source.compatibility_key, f"entropy {with_entropy}"]
     shapes: dict[str, torch.Size] = {"tokens": batch.shape}
-    for asked in (batch, objective):
-        for field in fields(asked):
-            name, value = field.name, getattr(asked, field.name)
-            if isinstance(value, SamplingMask):
-                # Not under a compiler, which knows no values.
-                looks = may_synchronise(value.token_ids) and not torch.compiler.is_compiling()
-                kind.append(f"{name} {value} {value.checksum() if looks else ''}")
-            elif isinstance(value, Tensor):
-                kind.append(f"{name} {value.dtype}")
-                shapes[name] = value.shape
-            elif name != "shape" and not (
-                # A number that a compilation must not depend on is not compared there.
-                isinstance(value, float) and torch.compiler.is_compiling()
-            ):
-                kind.append(f"{name} {value}")
+    asked = [
+        (field.name, getattr(x, field.name)) for x in (batch, objective) for field in fields(x)
+    ]
+    mask = batch.sampling_mask
+    if mask is not None:
+        asked += [("token_ids", mask.token_ids), ("missing_label", mask.missing_label)]
+        if may_synchronise(mask.largest) and not torch.compiler.is_compiling():
+            asked.append(("the checksum of token_ids", mask.checksum()))
+    for name, value in asked:
+        if isinstance(value, Tensor):
+            kind.append(f"{name} {value.dtype}")
+            shapes[name] = value.shape
+        elif isinstance(value, SamplingMask):
+            kind.append(f"{name} given")
+        elif name != "shape" and not (
+            # A number that a compilation must not depend on is not compared there.
+            isinstance(value, float) and torch.compiler.is_compiling()
+        ):
+            kind.append(f"{name} {value}")
     lengths = [len(shape) for shape in shapes.values()]
     flat = [n for shape in shapes.values() for n in shape]
     layout = _layout(

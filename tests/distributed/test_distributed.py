@@ -50,6 +50,9 @@ def check_parts(rank, jobs):
             return x.tensor_split(ranks, 1)[rank] if x.shape[:2] == shape else x
 
         own = {name: part(x) for name, x in keywords.items()}
+        if "sampling_mask" in own:
+            tokens = part(torch.arange(labels.numel()).view(labels.shape))
+            own["sampling_mask"] = keywords["sampling_mask"][tokens.reshape(-1)]
         own["normalizer"] = denominator(case.reduction, valid)
         leaf = part(logits).detach().requires_grad_()
         if case.center == "group":
@@ -63,7 +66,7 @@ def check_parts(rank, jobs):
         dist.all_reduce(loss)
         assert_within("loss", loss, truth.loss.sum(), truth.loss_bound.sum(), ulps=0.5 * ranks)
         whole = logits.shape
-        for name in ("gradient", "gradient_bound"):
+        for name in ("gradient", "gradient_bound", "outside"):
             setattr(truth, name, part(getattr(truth, name).reshape(whole)))
         check_gradient(leaf.grad, truth, "cpp")
         stats = out.stats.all_reduce()

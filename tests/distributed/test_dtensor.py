@@ -65,6 +65,10 @@ def check_layouts(rank, jobs):
             name: placed(x, mesh, placements, shape)
             for name, x in {"labels": labels, **keywords}.items()
         }
+        if "sampling_mask" in rest:
+            # That of this rank's tokens in either case.
+            tokens = placed(torch.arange(labels.numel()).view(shape), mesh, placements, shape)
+            rest["sampling_mask"] = keywords["sampling_mask"][local(tokens).reshape(-1)]
         if rest_is_local:
             rest = {name: local(x) for name, x in rest.items()}
         out = r2vpo_loss(leaf, **rest, backend=backend)

@@ -8,7 +8,13 @@ from support.harness import Shard, check_case, check_linear_case
 from support.ranks import run_on
 from support.strategies import Case, cases, drawn, linear_cases
 
-from r2vpo_kernels import linear_r2vpo_loss, linear_token_logps, r2vpo_loss, token_logps
+from r2vpo_kernels import (
+    SamplingMask,
+    linear_r2vpo_loss,
+    linear_token_logps,
+    r2vpo_loss,
+    token_logps,
+)
 
 RANKS = (2, 4)
 
@@ -106,6 +112,43 @@ def check_infinities(rank):
         assert (part.grad[1, 1] == 0).all()
 
 
+def check_sets(rank):
+    """Of the whole vocabulary on each rank; some of them of words of one shard alone."""
+    group, words = dist.group.WORLD, words_of(rank, 2, 10)
+    first, second = (list(range(10)[words_of(r, 2, 10)]) for r in (0, 1))
+    logits, labels, old_logps, advantages = batch()
+    labels[0] = torch.tensor([0, 9, 4])
+    labels[1] = torch.tensor([9, 0, -100])
+    sets = SamplingMask.from_lists([first, second, [9, 4, 0], [9], None, [3]])
+    inside = torch.zeros(6, 10, dtype=torch.bool)
+    for row, kept in zip(inside, (first, second, [0, 4, 9], [9], range(10), []), strict=True):
+        row[list(kept)] = True
+    inside = inside.view_as(logits)
+    # What is kept nowhere may be anything, all of a shard's row too.
+    poisoned = torch.where(inside, logits, torch.nan)
+    for backend in ("cpp", "eager", "triton"):
+        for keywords in ({}, {"center": "group"}, {"inplace": True}, {"entropy_coef": 0.1}):
+            keywords = keywords | {"sampling_mask": sets, "backend": backend}
+            whole = logits.clone().requires_grad_()
+            part = poisoned[..., words].clone().requires_grad_()
+            expected = r2vpo_loss(whole * 1, labels, old_logps, advantages, **keywords)
+            out = r2vpo_loss(part * 1, labels, old_logps, advantages, tp_group=group, **keywords)
+            close = {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(out.loss, expected.loss, **close)
+            torch.testing.assert_close(out.logps, expected.logps, **close)
+            out.loss.backward()
+            expected.loss.backward()
+            torch.testing.assert_close(part.grad, whole.grad[..., words], **close)
+            assert not part.grad[~inside[..., words]].any()
+            # A set of one is certain, on the rank that has it and on the other.
+            assert out.logps[1, 0] == 0 and not part.grad[1, 0].any()
+            metrics = expected.metrics()
+            assert all(
+                torch.equal(out.metrics()[name], metrics[name])
+                for name in ("support/single", "support/size")
+            )
+
+
 def check_cost(rank):
     """One MAX and one SUM of a few floats per token; for a head one of its hidden states more."""
     group, words = dist.group.WORLD, words_of(rank, 2, 10)
@@ -152,6 +195,11 @@ def check_errors(rank):
         with torch.set_grad_enabled(rank == 0):
             linear(hidden.clone().requires_grad_())
 
+    def sets(*more, missing_label="error"):
+        lists = [[int(y), *more] for y in labels.reshape(-1)]
+        return SamplingMask.from_lists(lists, missing_label=missing_label)
+
+    ones, nine, ten = sets(), *(SamplingMask.from_lists([list(range(n))] * 6) for n in (9, 10))
     other, hole, outside = labels.clone(), labels.clone(), labels.clone()
     other[1, 2] = (0, 9)[rank]  # a word of the other shard
     hole[1, 2] = -100 if rank else 0
@@ -169,6 +217,11 @@ def check_errors(rank):
         (lambda: loss(old=None if rank else old_logps), "old_logps"),
         (lambda: loss(center="group" if rank else "one"), "center group"),
         (lambda: loss(mask=torch.ones(2, 3) if rank else None), "mask"),
+        (lambda: loss(sampling_mask=ones if rank else None), "token_ids|sampling_mask"),
+        (lambda: loss(sampling_mask=ten if rank else ones), r"token_ids \(60,\)"),
+        (lambda: linear(sampling_mask=ten if rank else ones), r"token_ids \(60,\)"),
+        (lambda: loss(sampling_mask=sets(missing_label="full") if rank else ones),
+         "missing_label full"),
         (lambda: linear(softcap=3.0 + rank), "softcap 4.0"),
         (lambda: linear(bias=weight[:, 0] if rank else None), "bias True"),
         (lambda: linear(hidden.clone().requires_grad_(rank == 0)), "gradient of hidden False"),
@@ -187,7 +240,12 @@ def check_errors(rank):
         (lambda: linear(weight=weight[:, : 4 - rank]), "weight: "),
         (lambda: linear(weight=weight.half() if rank else weight), "weight: .*float16"),
         (lambda: linear(chunk_tokens=1 - rank), "chunk_tokens: "),
+        (lambda: loss(sampling_mask=ones[: 6 - rank]), "sampling_mask: got sets of 5 tokens"),
+        (lambda: loss(sampling_mask=nine, labels=labels * 0 + 9 * rank), "labels: got 9 at 0"),
         # Only together can they know.
+        (lambda: loss(sampling_mask=sets(10)), "sampling_mask: got 10, expected .* from 0 to 9"),
+        (lambda: loss(sampling_mask=sets(10), backend="eager"), "sampling_mask: got 10"),
+        (lambda: loss(sampling_mask=sets(10 + rank)), "the largest of token_ids 11"),
         (lambda: loss(logits[..., :0]), "tp_group: got no word on any rank"),
         (lambda: linear(weight=weight[:0]), "tp_group: got no word on any rank"),
         *(
@@ -216,11 +274,11 @@ def check_errors(rank):
 
 
 def check_on_two(rank):
-    for check in (check_infinities, check_cost, check_errors):
+    for check in (check_infinities, check_sets, check_cost, check_errors):
         check(rank)
 
 
-def test_infinities_cost_and_errors(tmp_path):
+def test_infinities_sets_cost_and_errors(tmp_path):
     run_on(2, tmp_path, check_on_two)
 
 
@@ -239,12 +297,15 @@ def check_compiled(rank):
     logits, labels, old_logps, advantages = batch()
     group = dist.group.WORLD
     leaves = logits.requires_grad_(), torch.randn(10, 10, requires_grad=True)
+    sets = SamplingMask.from_lists([[int(y), (int(y) + 1) % 10] for y in labels.reshape(-1)])
 
     def losses(logits, weight):
-        rest = labels, old_logps, advantages
+        rest, keywords = (labels, old_logps, advantages), {"tp_group": group}
         return (
-            r2vpo_loss(logits, *rest, tp_group=group).loss
-            + linear_r2vpo_loss(logits, weight, *rest, tp_group=group).loss
+            r2vpo_loss(logits, *rest, **keywords).loss
+            + r2vpo_loss(logits, *rest, sampling_mask=sets, **keywords).loss
+            + linear_r2vpo_loss(logits, weight, *rest, sampling_mask=sets, **keywords).loss
+            + linear_r2vpo_loss(logits, weight, *rest, **keywords).loss
         )
 
     expected = losses(*leaves)

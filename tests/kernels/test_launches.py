@@ -3,8 +3,15 @@
 import pytest
 import torch
 from support.launches import ROW_KERNELS, TOKEN_KERNELS, count_launches
+from support.strategies import sampling_mask_of
 
-from r2vpo_kernels import VarianceConstraint, r2vpo_loss, r2vpo_loss_from_logps, token_logps
+from r2vpo_kernels import (
+    VarianceConstraint,
+    ops,
+    r2vpo_loss,
+    r2vpo_loss_from_logps,
+    token_logps,
+)
 
 B, T, V = 4, 6, 40
 EVERYTHING = {"entropy_coef": 0.1, "kl_coef": 0.1}
@@ -30,6 +37,13 @@ LOGITS = {
     "none, group": (
         {"reduction": "none", "center": "group"}, torch.float32,
         ["prepare", "logps_forward", "means", "finish", "means", "finish", "logps_backward"], 7,
+    ),
+    "sampled": (
+        {"sampling_mask": "small"}, torch.bfloat16, ["prepare", "one_pass", "finish", "scale"], 5,
+    ),
+    "sampled, group": (
+        {"sampling_mask": "some missing", "center": "group"} | EVERYTHING, torch.bfloat16,
+        ["prepare", "logps_forward", "means", "finish", "logps_backward"], 7,
     ),
     "float16": ({}, torch.float16, ["prepare", "logps_forward", "finish", "logps_backward"], 7),
 }  # fmt: skip
@@ -60,11 +74,17 @@ def kernels_in(counts):
 
 
 @pytest.mark.parametrize("route", LOGITS)
-def test_from_logits(kernels, device, route):
+def test_from_logits(kernels, device, route, monkeypatch):
+    # As on a GPU; where the host may look, an op looks at the sets that it is given.
+    monkeypatch.setattr(ops, "may_synchronise", lambda value: False)
     keywords, dtype, expected, most = LOGITS[route]
     given = batch(device) | keywords
     if "kl_coef" in given:
         given["ref_logps"] = given["old_logps"] - 0.1
+    if "sampling_mask" in given:
+        generator = torch.Generator().manual_seed(0)
+        sets = sampling_mask_of(given["sampling_mask"], given["labels"].cpu(), V, generator)
+        given["sampling_mask"] = sets.to(device)
     logits = torch.randn(B, T, V, device=device).to(dtype).requires_grad_()
     shape = (B, T) if given.get("reduction") == "none" else ()
     upstream = torch.full(shape, 0.5, device=device)

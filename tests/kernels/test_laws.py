@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -323,19 +324,18 @@ def test_a_packed_batch_without_sequences_takes_groups_per_token(backend, device
 
 
 def test_a_second_backward_gives_the_same_bits(backend, device):
-    for inplace in (False, True):
-        for center in ("one", "group"):
-            logits, labels, old_logps, advantages, _ = draw(device)
-            leaf = logits.requires_grad_()
-            out = r2vpo_loss(
-                leaf * 1, labels, old_logps, advantages, center=center, inplace=inplace,
-                backend=backend,
-            )  # fmt: skip
-            loss = out.loss / 3
-            first = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
-            second = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
-            last = torch.autograd.grad(loss, leaf)[0]
-            assert torch.equal(first, second) and torch.equal(first, last)
+    for inplace, center, sampled in product((False, True), ("one", "group"), (False, True)):
+        logits, labels, old_logps, advantages, _, sets = draw_sampled(device)
+        leaf = logits.requires_grad_()
+        out = r2vpo_loss(
+            leaf * 1, labels, old_logps, advantages, center=center, inplace=inplace,
+            sampling_mask=sets if sampled else None, backend=backend,
+        )  # fmt: skip
+        loss = out.loss / 3
+        first = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
+        second = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
+        last = torch.autograd.grad(loss, leaf)[0]
+        assert torch.equal(first, second) and torch.equal(first, last)
 
 
 def test_on_policy_is_old_logps_equal_to_logps(backend, device):

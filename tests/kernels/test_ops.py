@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from r2vpo_kernels import (
     RatioStats,
+    SamplingMask,
     VarianceConstraint,
     checks,
     linear_r2vpo_loss,
@@ -42,13 +43,23 @@ def tensors(device, batch=3, length=4, dtype=torch.float32):
     )
 
 
-def op_arguments(device, kernels, dtype=torch.bfloat16, with_entropy=True):
+def sets_of(labels, size=3, missing_label="error"):
+    """`size` words for each, and among them the label; of every fifth the full vocabulary."""
+    sets = [
+        None if i % 5 == 4 else [y % V, *(w for w in range(size) if w != y % V)]
+        for i, y in enumerate(labels.reshape(-1).tolist())
+    ]
+    return SamplingMask.from_lists(sets, device=labels.device, missing_label=missing_label)
+
+
+def op_arguments(device, kernels, dtype=torch.bfloat16, with_entropy=True, sampled=True):
     """Good arguments of each op of a call with everything, as an autograd Function gives them."""
     logits, labels, old_logps, advantages = tensors(device, dtype=dtype)
     mask = torch.ones_like(labels, dtype=torch.bool)
     number = torch.tensor(0.3, device=device)
     ids = torch.zeros(3, dtype=torch.int32, device=device)
-    batch = Batch(labels.shape, labels, mask, -100, None, ids, 2, 0, "token-mean", number + 5)
+    sets = sets_of(labels) if sampled else None
+    batch = Batch(labels.shape, labels, mask, -100, None, ids, 2, 0, "token-mean", number + 5, sets)
     objective = Objective(
         advantages, old_logps, number, torch.ones(2, device=device), "token", old_logps * 0 + 1,
         old_logps - 0.1, 0.1, "k3", 0.1, advantages * 0 + 1.0, 20.0,
@@ -57,11 +68,11 @@ def op_arguments(device, kernels, dtype=torch.bfloat16, with_entropy=True):
     flat = call.flat(logits)
     saved = ops.logps_forward(logits, None, *flat)
     workspace, logps, _, _, entropy = saved
-    gradients = logps, entropy, number, with_entropy, kernels
+    gradients = logps, entropy, number, call.token_ids, None, with_entropy, kernels
     backward = (*(x.clone() for x in saved), *gradients)
-    call.batch = dataclasses.replace(batch, labels=None)
-    given = logps if with_entropy else None, *call.flat(logps)
     finish = workspace.clone(), logps, entropy, old_logps, 2, *ops.finish_options(call)
+    call.batch = dataclasses.replace(batch, labels=None, sampling_mask=None)
+    given = logps if with_entropy else None, *call.flat(logps)
     settings = 0.1, 0.1, 0.01, 10.0, kernels
     return logits, {
         "check": (advantages, advantages > -100, advantages, "x", "more"),
@@ -83,10 +94,11 @@ OPS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("name", ["check", *OPS])
-def test_opcheck(kernels, device, name, with_entropy):
-    _, arguments = op_arguments(device, kernels, torch.float32, with_entropy)
+def test_opcheck(kernels, device, name, with_entropy, sampled):
+    _, arguments = op_arguments(device, kernels, torch.float32, with_entropy, sampled)
     check_op(name, arguments[name])
 
 
@@ -128,14 +140,23 @@ def test_no_kernel_is_reached_with_an_argument_that_is_wrong(op, kernels, device
         if isinstance(value, torch.Tensor):
             bad = dict(broken(value))
         else:
-            choices = {"backend": "auto", "kl": "k4", "kl_estimator": "k4", "ratio_level": "word"}
+            choices = {
+                "backend": "auto", "kl": "k4", "kl_estimator": "k4", "ratio_level": "word",
+                "missing_label": "drop",
+            }  # fmt: skip
             bad = {"unknown": choices[name]} if name in choices else {}
+            if name == "missing_label" and good[names.index("token_ids")] is None:
+                bad = {}  # of no mask
+        if name == "token_ids" and "offsets" not in names:
+            # More of them would not be read.
+            bad |= {"another shape": value[:-1], "words outside": value + V, "below": value - V}
         for what, wrong in bad.items():
             if (name, what) in READ_AS_THEY_COME:
                 continue
             # Kernels that do not take such an input are not available for it; of two shapes that
             # do not fit either may be named.
-            others = {"logps": "|workspace", "weight": "|d_sum"}.get(name, "")
+            others = {"logps": "|workspace", "weight": "|d_sum", "token_ids": "|offsets"}
+            others = others.get(name, "")
             named = f"({name}|backend|shape{others})" if at == 0 or others else name
             with pytest.raises((ValueError, TypeError), match=f"^{named}: "):
                 call(*good[:at], wrong, *good[at + 1 :])
@@ -146,6 +167,32 @@ def test_no_kernel_is_reached_with_an_argument_that_is_wrong(op, kernels, device
     assert seen >= tensors_of
     with pytest.raises(AssertionError, match="was reached"):
         call(*good)
+
+
+@pytest.mark.parametrize("op", ["logps_forward", "one_pass", "one_pass_"])
+def test_sets_that_no_sampling_mask_would_have_are_refused(op, kernels, device):
+    _, arguments = op_arguments(device, kernels)
+    call, good = getattr(torch.ops.r2vpo_kernels, op), list(arguments[op])
+    names = [argument.name for argument in call.default._schema.arguments]
+    ids, offsets, largest = (
+        good[names.index(name)] for name in ("token_ids", "offsets", "largest")
+    )
+    for name, wrong in (
+        ("token_ids", ids.flip(0)),  # does not rise
+        ("token_ids", ids.index_fill(0, torch.tensor([1], device=device), -1)),
+        ("token_ids", ids.index_copy(0, torch.tensor([0], device=device), ids[1:2])),
+        ("offsets", offsets + 1),
+        ("offsets", offsets.flip(0)),
+        ("largest", largest - 1),
+    ):
+        at = names.index(name)
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call(*good[:at], wrong, *good[at + 1 :])
+    # What is true of a part of it.
+    at = names.index("largest")
+    call(*good[:at], largest * 0 + V - 1, *good[at + 1 :])
+    with pytest.raises(ValueError, match=f"^sampling_mask: got {V}, expected token_ids from 0 to"):
+        call(*good[:at], largest * 0 + V, *good[at + 1 :])
 
 
 @pytest.mark.parametrize("op", [name for name in OPS if name.endswith("_")])
@@ -193,6 +240,8 @@ ROUTES = {
     "group": {"center": "group", "group_size": 1},
     "sequence": {"ratio_level": "sequence", "reduction": "seq-mean-token-mean"},
     "none": {"reduction": "none"},
+    "sampled": {"sampled": "error"},
+    "sampled, group": {"sampled": "full", "center": "group", "group_size": 1},
 }
 
 
@@ -213,14 +262,16 @@ def routes():
 @pytest.mark.parametrize("backend, name, compiler", list(routes()))
 def test_fullgraph_with_at_most_one_extra_compilation(device, backend, name, compiler):
     """Shapes, λ and temperature change between calls; all results stay those of eager mode."""
-    keywords = ROUTES[name]
+    keywords = dict(ROUTES[name])
+    missing_label = keywords.pop("sampled", None)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
 
-    def call(logits, labels, old_logps, advantages, coef, temperature):
+    def call(logits, labels, old_logps, advantages, coef, temperature, sets):
         out = r2vpo_loss(
             logits * 1, labels, old_logps, advantages, variance_coef=coef,
-            temperature=temperature, ref_logps=old_logps - 0.1, backend=backend, **keywords,
+            temperature=temperature, ref_logps=old_logps - 0.1, sampling_mask=sets,
+            backend=backend, **keywords,
         )  # fmt: skip
         return out.loss, out.stats, out.metrics()
 
@@ -231,7 +282,9 @@ def test_fullgraph_with_at_most_one_extra_compilation(device, backend, name, com
         for function in (compiled, call):
             logits, *rest = tensors(device, batch, length)
             leaf = logits.requires_grad_()
-            loss, stats, metrics = function(leaf, *rest, coef, temperature)
+            # As many ids as in no other call.
+            sets = missing_label and sets_of(rest[0], batch, missing_label)
+            loss, stats, metrics = function(leaf, *rest, coef, temperature, sets)
             (loss.sum() * 1.5).backward()
             results.append((loss, stats, metrics, leaf.grad))
         counts.append(counter.frame_count)
@@ -245,6 +298,32 @@ def test_fullgraph_with_at_most_one_extra_compilation(device, backend, name, com
         for key in metrics:
             torch.testing.assert_close(metrics[key], metrics_[key], **close)
     assert counts[0] == 1 and counts[-1] <= 2, counts
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_mask_in_a_closure(device, backend):
+    """Ids of any number, without a compilation of their own; label and set are held together."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    logits, labels, old_logps, advantages = tensors(device)
+    sets = None
+
+    def call(logits):
+        return r2vpo_loss(
+            logits, labels, old_logps, advantages, sampling_mask=sets, backend=backend
+        ).loss  # fmt: skip
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    counts = []
+    for size in (2, 3, 5, 7, 30):
+        sets = sets_of(labels, size)
+        torch.testing.assert_close(compiled(logits), call(logits), rtol=0, atol=0)
+        counts.append(counter.frame_count)
+    assert counts[0] == 1 and counts[-1] <= 2, counts
+    if device.type == "cpu":
+        sets = SamplingMask.from_lists([[0, 1]] * labels.numel())
+        with pytest.raises(ValueError, match=r"^labels: got .* expected each in the token's set"):
+            compiled(logits)
 
 
 def test_in_place_on_a_slice_under_a_compiler_that_may_mutate(device):
@@ -335,6 +414,36 @@ def test_an_export_keeps_sizes_symbolic(device, name, strict):
             torch.testing.assert_close(ours, theirs)
 
 
+class Sampled(torch.nn.Module):
+    def forward(self, logits, labels, advantages, sets):
+        out = r2vpo_loss(logits, labels, None, advantages, sampling_mask=sets)
+        return out, sets
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_takes_a_mask(device, strict):
+    """A packed batch of any size, with any number of ids; masks and outputs are its pytrees."""
+
+    def inputs(tokens, size):
+        torch.manual_seed(tokens)
+        labels = torch.randint(0, V, (tokens,), device=device)
+        tensors = torch.randn(tokens, V, device=device), labels, labels * 0.1
+        return *tensors, sets_of(labels, size, "full")
+
+    tokens, ids = Dim("tokens", min=2, max=99), Dim("ids", max=9999)
+    sizes = {0: tokens}
+    exported = export(
+        Sampled(), inputs(6, 3), dynamic_shapes=(*[sizes] * 3, [{0: ids}, {0: tokens + 1}, {}]),
+        strict=strict,
+    ).module()  # fmt: skip
+    for other in (inputs(6, 3), inputs(11, 5)):
+        (ours, sets), (theirs, same) = exported(*other), Sampled()(*other)
+        leaves = (pytree.tree_leaves(x) for x in (ours, theirs))
+        torch.testing.assert_close(*([x for x in found if x is not None] for found in leaves))
+        assert ours.metrics().keys() == theirs.metrics().keys()
+        assert sets.missing_label == "full" and torch.equal(sets.offsets, same.offsets)
+
+
 def test_a_constraint_compiles_into_the_step(device):
     logits, labels, old_logps, advantages = tensors(device)
     constraint = VarianceConstraint(0.01, device=device)
@@ -366,11 +475,15 @@ def test_a_bad_label_raises_under_fullgraph_too(device, backend):
         compiled(labels)
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("center", ["one", "group"])
-def test_a_second_derivative_raises(kernels, device, center):
+def test_a_second_derivative_raises(kernels, device, center, sampled):
     logits, labels, old_logps, advantages = tensors(device)
     leaf = logits.requires_grad_()
-    loss = r2vpo_loss(leaf, labels, old_logps, advantages, center=center, backend=kernels).loss
+    loss = r2vpo_loss(
+        leaf, labels, old_logps, advantages, center=center, backend=kernels,
+        sampling_mask=sets_of(labels) if sampled else None,
+    ).loss  # fmt: skip
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(loss, leaf, create_graph=True)
 
@@ -474,6 +587,7 @@ BAD_VALUES = {
     "offsets that fall": {"cu_seqlens": torch.tensor([0, 40, -2, 6])},
     "a group out of range": {"group_ids": torch.tensor([0, 1, 9, -9, 1, 0]), "num_groups": 2},
     "a negative normalizer": {"normalizer": torch.tensor(-1.0)},
+    "a word of V": {"sampling_mask": SamplingMask.from_lists([[i, V] for i in range(6)])},
 }
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from support.harness import check_linear_case, truth_of
 from support.launches import count_launches
 from support.ops import COMPILER, check_op
-from support.strategies import DTYPES, linear_cases
+from support.strategies import DTYPES, linear_cases, sampling_mask_of
 from support.tolerance import U, assert_within
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 import r2vpo_kernels
 from r2vpo_kernels import (
-    SamplingMask,
     checks,
     linear_r2vpo_loss,
     linear_token_logps,
@@ -148,6 +147,35 @@ def test_the_same_as_from_the_logits(kernels, device, halves, dtype):
         assert_within("dweight", dweight, exact, bound, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["single", "small", "some empty", "some missing"])
+def test_sets_give_the_same_as_from_the_logits(kernels, device, halves, dtype, kind):
+    """As above, with a sampling mask: whatever the chunks and the compaction."""
+    hidden, _, labels, _, advantages = draw(device)
+    leaf = ((8 * hidden).round() / 8).to(dtype).requires_grad_()
+    weight = torch.eye(V, H, device=device, dtype=dtype)
+    sets = sampling_mask_of(kind, labels.cpu(), V, torch.Generator().manual_seed(0)).to(device)
+    logits = F.linear(leaf, weight)
+    old_logps = token_logps(logits, labels, sampling_mask=sets, backend="eager").detach() - 0.2
+    labels[1, 2:] = -100
+    keywords = {"sampling_mask": sets, "backend": kernels, "entropy_coef": 0.1}
+    arguments = labels, old_logps, advantages
+    for center in ("one", "group"):
+        logits = F.linear(leaf, weight)
+        whole = r2vpo_loss(logits, *arguments, center=center, **keywords)
+        (dlogits,) = torch.autograd.grad(whole.loss, logits)
+        for compact in (False, True):
+            for chunk_tokens in (None, 1, 6):
+                out, dhidden, _ = run(
+                    leaf, weight, *arguments, center=center, compact=compact,
+                    chunk_tokens=chunk_tokens, **keywords,
+                )  # fmt: skip
+                assert torch.equal(out.loss, whole.loss) and torch.equal(out.logps, whole.logps)
+                assert torch.equal(dhidden, dlogits[..., :H])
+                metrics = whole.metrics()
+                assert all(torch.equal(x, metrics[name]) for name, x in out.metrics().items())
+
+
 WRONG = {
     "zeroed": lambda x: 0 * x,
     "turned round": lambda x: -x,
@@ -178,11 +206,16 @@ def test_the_checker_rejects_wrong_gradients(device, monkeypatch, name, fault):
         check_linear_case(inputs, labels, head, keywords, "auto")
 
 
-def test_token_logps_from_hidden_states(route, device):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_token_logps_from_hidden_states(route, device, sampled):
     """Both outputs are differentiable, together and apart, with a strided upstream."""
     hidden, weight, labels, _, _ = draw(device)
     mask = torch.rand(labels.shape, device=device) < 0.7
     keywords = {"mask": mask, "temperature": 0.7, "return_entropy": True}
+    if sampled:
+        generator = torch.Generator().manual_seed(0)
+        sets = sampling_mask_of("some empty", labels.cpu(), V, generator)
+        keywords["sampling_mask"] = sets.to(device)
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     truth = token_logps(3.0 * torch.tanh(F.linear(*exact) / 3.0), labels, **keywords)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
@@ -592,19 +625,19 @@ def test_a_model_gets_the_gradients_of_its_logits(device, tied, checkpointed):
     "name", ["linear_logps_forward", "linear_logps_backward", "linear_one_pass"]
 )
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("sparse", [False, True])
-def test_opcheck(kernels, device, name, with_entropy, sparse):
+@pytest.mark.parametrize("kind, sparse", [("none", False), ("small", False), ("some empty", True)])
+def test_opcheck(kernels, device, name, with_entropy, kind, sparse):
     """Of hidden states that lie the other way round, and in another dtype than the products."""
     hidden, weight, labels, old_logps, advantages = draw(device)
     labels[0, 0] = -100
     columns = hidden.reshape(-1, H).t().contiguous().t()
     head = (columns, weight, weight[:, 0].clone(), 3.0, 0.5, torch.bfloat16, 7, True)
-    batch = Batch(labels.shape, labels, reduction="token-mean")
-    if sparse:
-        # Words of its own, the full vocabulary, or the label alone.
-        of_token = (lambda y: [y, (y + 1) % V], lambda y: None, lambda y: [y])
-        sets = [of_token[i % 3](y) for i, y in enumerate(labels.clamp(min=0).flatten().tolist())]
-        batch.sampling_mask = SamplingMask.from_lists(sets, device=device)
+    generator = torch.Generator().manual_seed(0)
+    sets = sampling_mask_of(kind, labels.clamp(min=0), V, generator)
+    batch = Batch(
+        labels.shape, labels, reduction="token-mean",
+        sampling_mask=None if sets is None else sets.to(device),
+    )  # fmt: skip
     objective = Objective(advantages, old_logps, ref_logps=old_logps - 0.1, kl_coef=0.1)
     call = ops.Call(batch, objective, with_entropy, kernels)
     flat = call.flat(hidden)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r2vpo_kernels import SamplingMask, checks, sampling, token_logps
+from r2vpo_kernels import SamplingMask, checks, ops, r2vpo_loss, sampling, token_logps
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SETS = [[5, 2, 9], [], [7], [0, 1], [], [3]]
@@ -330,8 +330,6 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_where_nobody_looks_wrong_sets_make_all_calls_nan(name, backend, device, monkeypatch):
     """As on a GPU: no error where a mask is made, nor where parts are taken of it."""
-    from r2vpo_kernels import ops, r2vpo_loss
-
     for module in (sampling, checks, ops):
         monkeypatch.setattr(module, "may_synchronise", lambda value: False)
     ids, offsets = (torch.tensor(x, device=device) for x in WRONG[name])

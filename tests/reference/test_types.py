@@ -8,8 +8,10 @@ from pathlib import Path
 HEADER = """
 import torch
 from r2vpo_kernels import (
-    linear_r2vpo_loss, linear_token_logps, r2vpo_loss, r2vpo_loss_from_logps, token_logps,
+    SamplingMask, linear_r2vpo_loss, linear_token_logps, r2vpo_loss, r2vpo_loss_from_logps,
+    token_logps,
 )
+sets = SamplingMask.from_lists([[1], None])
 x = torch.zeros(1)
 head = torch.nn.Linear(1, 1)
 """
@@ -18,6 +20,9 @@ REVEALED = {
     "linear_r2vpo_loss(x, head, x, x, x, softcap=3.0, reduction='none')": "R2VPOOutput",
     "r2vpo_loss_from_logps(x, x, x, entropy=x, center=x, backend='cpp')": "R2VPOOutput",
     "token_logps(x, x)": "Tensor",
+    "r2vpo_loss(x, x, None, x, sampling_mask=sets)": "R2VPOOutput",
+    "linear_token_logps(x, x, x, sampling_mask=sets[1:])": "Tensor",
+    "SamplingMask.from_padded(x, pad=0, missing_label='full')": "SamplingMask",
     "token_logps(x, x, return_entropy=True)": "tuple[Tensor, Tensor]",
     "linear_token_logps(x, x, x, return_entropy=False)": "Tensor",
     "linear_token_logps(x, x, x, return_entropy=True)": "tuple[Tensor, Tensor]",
@@ -30,6 +35,9 @@ REJECTED = [
     "linear_r2vpo_loss(x, head, x, x, x, reduction='mean')",
     "r2vpo_loss_from_logps(x, x, x, temperature=0.5)",
     "token_logps(x, x, entropy=True)",
+    "token_logps(x, x, sampling_mask=[[1]])",
+    "r2vpo_loss_from_logps(x, x, x, sampling_mask=sets)",
+    "SamplingMask(x, x, missing_label='drop')",
     "linear_token_logps(x, x, x, ratio_level='token')",
 ]
 
