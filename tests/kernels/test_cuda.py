@@ -20,12 +20,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from support.emulator.build import DEFAULTS
-from support.harness import check_case
+from support.harness import check_case, check_gradient, check_values, truth_of, upstream_of
 from support.sass import cuda_kernels
 from support.strategies import DTYPES, cases, uneven_rows
+from support.tolerance import assert_within
 from test_cpp import build
 
-from r2vpo_kernels import ops, r2vpo_loss, token_logps
+from r2vpo_kernels import SamplingMask, ops, r2vpo_loss, token_logps
 from r2vpo_kernels.backends import calls, cuda, registry
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def of_elements(spans, x):
     return touched[:, 0].clone().as_strided(x.shape, x.stride(), x.storage_offset())
 
 
-def reloaded(row, gpu):
+def reloaded(row, gpu, held=HELD):
     """The columns of a row that ring and registers do not hold: they are read a second time."""
     size = row.element_size()
     columns = 16 // size
@@ -85,7 +86,7 @@ def reloaded(row, gpu):
     cluster, stages = 1, gpu["stages"]
     while gpu["clusters"] and cluster < 8 and math.ceil(words_of(words, cluster)) + 4 > stages:
         cluster *= 2
-    held = 0 if gpu["clusters"] else HELD
+    held = 0 if gpu["clusters"] else held
     again = torch.zeros(row.numel(), dtype=torch.bool)
     share = math.ceil(words / cluster)
     for rank in range(cluster):
@@ -110,24 +111,30 @@ def inputs(dtype, vocabulary, offset=0):
     return logits, labels
 
 
-def prepared(labels, vocabulary, length=None, groups=1, **given):
-    """The workspace of tokens in units of `length`."""
+def prepared(labels, vocabulary, length=None, groups=1, sets=None, words=None, **given):
+    """The workspace of tokens in units of `length`, of these sets and for this shard's words."""
     tokens = labels.numel()
     length = length or tokens
     units = -(-tokens // length)
     workspace = torch.empty(calls.workspace_size(tokens, units))
     level = given.pop("sequence_level", False)
     on_policy = "old_logps" not in given
-    t = calls.Tokens(workspace, tokens, units, groups, min(units, 512), on_policy, level, None)
+    t = calls.Tokens(
+        workspace, tokens, units, groups, min(units, 512), on_policy, level, None, sets is not None
+    )
     columns = {
         name: calls.column(name, x, labels.shape, labels.device)
         for name, x in {"labels": labels, **given}.items()
         if name != "group_ids"
     }
     p = calls.Prepare(t, **columns, group_ids=given.get("group_ids"), unit_length=length)
-    p.vocabulary = p.words = vocabulary
+    words = words or range(vocabulary)
+    p.vocabulary, p.first_word, p.words = vocabulary, words.start, len(words)
+    p.sampling_mask, p.sampling_vocabulary = sets, vocabulary
     p.count_kind, p.numbers = 1, (0.5, 1.0, 1.0, 0.0, 0.0, 20.0)
     cuda.prepare(p)
+    if sets is not None:
+        t.support = ops.support_of(sets.token_ids, words.start)
     return t
 
 
@@ -234,6 +241,310 @@ def test_recorded_log_probs_are_those_of_the_loss(gpu):
     assert torch.equal(out.logps, recorded) and out.stats.second_moment.item() == 0.0
 
 
+# Rows under a sampling mask.
+
+FULL = 0
+
+
+def sets_of(labels, vocabulary, sizes, missing_label="error"):
+    """Sets of these sizes, each with its token's label; FULL: the full vocabulary."""
+    sets = []
+    for label, size in zip(labels.view(-1).tolist(), sizes, strict=True):
+        ids = torch.randperm(vocabulary)[: min(size, vocabulary)]
+        if size and label >= 0 and not (ids == label).any():
+            ids[0] = label
+        sets.append(ids.tolist() or None)
+    return SamplingMask.from_lists(sets, missing_label=missing_label)
+
+
+def kept_words(sets, vocabulary):
+    """(N, V): whether each is in its token's set."""
+    kept = torch.zeros(len(sets), vocabulary, dtype=torch.bool)
+    kept[sets.token_of(), sets.token_ids.long()] = True
+    return kept | (sets.offsets.diff() == 0)[:, None]
+
+
+# Of the tokens of `inputs_with_sets`: one word, a few, more than all threads of a cluster take at a
+# time, all of the vocabulary's.
+SIZES = (1, 9, FULL, 9, 700, 20011, FULL, 70)
+MASKED = (3, 6)  # one that has a set, and one that has none
+
+
+def inputs_with_sets(dtype, vocabulary, offset=0):
+    torch.manual_seed(vocabulary)
+    memory = torch.randn(8 * vocabulary + offset).mul_(3).to(dtype)
+    logits = memory[offset:].view(1, 8, vocabulary)
+    labels = torch.randint(0, vocabulary, (1, 8))
+    sets = sets_of(labels, vocabulary, SIZES)
+    labels[0, MASKED] = -100
+    return logits, labels, sets
+
+
+@CUDA
+@pytest.mark.parametrize(
+    "dtype, offset", [(torch.bfloat16, 0), (torch.bfloat16, 3), (torch.float32, 1)]
+)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_of_a_set_only_kept_logits_are_read_and_all_is_written(gpu, dtype, offset, vocabulary):
+    """Once in each look, and the label once more; a row's zeros, and kept words over them."""
+    logits, labels, sets = inputs_with_sets(dtype, vocabulary, offset)
+    t = prepared(labels, vocabulary, sets=sets, advantages=torch.ones(1, 8))
+    kept = kept_words(sets, vocabulary)
+    kept[MASKED, :] = False
+    of_label = torch.zeros(8, vocabulary, dtype=torch.long)
+    of_label.scatter_(1, labels.clamp(min=0).view(-1, 1), (labels >= 0).long().view(-1, 1))
+    full = [token for token in range(8) if SIZES[token] == FULL and token not in MASKED]
+    again = torch.zeros(8, vocabulary, dtype=torch.long)
+    for token in full:
+        again[token] = reloaded(logits[0, token], gpu, held=0)
+    written = 1 + kept.long()
+    written[full] = 1
+    second = kept.long()
+    second[full] = again[full]
+
+    logps, top, log_total = torch.empty(3, 8)
+    forward = logps, top, log_total, None
+    reads, writes = counted(lambda: cuda.logps_forward(logits, t, None, 0, *forward))
+    assert torch.equal(of_elements(reads, logits)[0], kept + of_label) and not writes
+    dlogits, upstream = ops.empty_gradient(logits), (torch.ones(8), None, None)
+    reads, writes = counted(
+        lambda: cuda.logps_backward(logits, dlogits, t, None, 0, *forward, *upstream)
+    )
+    assert torch.equal(of_elements(reads, logits)[0], kept.long())
+    assert torch.equal(of_elements(writes, dlogits)[0], written)
+    dlogits = ops.empty_gradient(logits)
+    reads, writes = counted(lambda: cuda.one_pass(logits, dlogits, t, None, 0, logps, None))
+    assert torch.equal(of_elements(reads, logits)[0], kept + of_label + second)
+    assert torch.equal(of_elements(writes, dlogits)[0], written)
+    assert not dlogits[0][~kept].any()
+    size = dlogits.element_size()
+    assert sum(bytes for _, bytes in writes) == int(written.sum()) * size
+
+
+def check_with_sets(logits, labels, keywords, sets, upstream=1.0):
+    """Held to the truth of logits that are -inf outside the sets; there the gradient is 0."""
+    leaf = logits.detach().requires_grad_()
+    inside = kept_words(sets, logits.shape[-1])
+    seen = leaf * 1 if keywords.get("inplace") else leaf
+    out = r2vpo_loss(seen, labels, sampling_mask=sets, backend="cuda", **keywords)
+    each = upstream_of(labels, keywords, upstream)
+    (gradient,) = torch.autograd.grad(out.loss, leaf, each)
+    of_sets = logits.masked_fill(~inside.view(logits.shape), -math.inf)
+    truth = truth_of(of_sets, labels, keywords, "cuda", each.expand(labels.shape).reshape(-1))
+    check_values(out, truth, each)
+    roundings = 2 if upstream != 1.0 and out.loss.dim() == 0 else 1
+    check_gradient(gradient, truth, "cuda", roundings)
+    assert not gradient.reshape(inside.shape)[~inside].any()
+    valid = labels.reshape(-1) != -100
+    if keywords.get("mask") is not None:
+        valid &= keywords["mask"].reshape(-1) != 0
+    sizes = sets.offsets.diff()[valid].double()
+    single = (sizes == 1).double().sum() / max(len(sizes), 1)
+    assert out.metrics()["support/single"] == single.float()
+    assert out.metrics()["support/size"] == (sizes.sum() / (sizes > 0).sum().clamp(min=1)).float()
+
+
+@CUDA
+@settings(max_examples=30)
+@given(cases())
+def test_any_call_with_sets_is_within_the_budget(any_gpu, case):
+    device, vocabulary = torch.device("cpu"), case.vocabulary
+    logits, _, _ = case.tensors(device)
+    in_rows = logits.reshape(case.batch, case.length, vocabulary)
+    _, labels, _ = case.tensors(device, in_rows)
+    torch.manual_seed(case.seed)
+    sizes = torch.tensor([FULL, 1, 2, 5, vocabulary // 2 + 1, vocabulary])
+    sizes = sizes[torch.randint(0, 6, (labels.numel(),))].tolist()
+    sets = sets_of(labels, vocabulary, sizes)
+    outside = ~kept_words(sets, vocabulary).view(in_rows.shape)
+    # Recorded log-probs are near those over the sets.
+    _, labels, keywords = case.tensors(device, in_rows.masked_fill(outside, -math.inf))
+    check_with_sets(logits, labels, keywords, sets, upstream=-0.5 if case.seed % 2 else 1.0)
+
+
+# The one pass, and what takes log-probs first.
+ROUTES = {
+    "one pass": {"entropy_coef": 0.1},
+    "group": {"center": "group"},
+    "sequence": {"ratio_level": "sequence", "entropy_coef": 0.1},
+    "none": {"reduction": "none"},
+}
+
+
+@CUDA
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("vocabulary", [9, 1032, 20011])
+def test_sets_among_rows_of_several_chunks(gpu, dtype, vocabulary, inplace, route):
+    logits, labels, sets = inputs_with_sets(dtype, vocabulary)
+    keywords = ROUTES[route] | {
+        "inplace": inplace, "advantages": torch.tensor([0.7]), "temperature": 0.8,
+        "old_logps": token_logps(logits.double(), labels, sampling_mask=sets, backend="eager")
+        .float() + 0.2,
+    }  # fmt: skip
+    check_with_sets(logits, labels, keywords, sets)
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_label_is_found_in_whichever_share_it_is(gpu, dtype):
+    """In each block's, at both edges, alone there or not."""
+    vocabulary, offset = 8 * 1024 + 5, 3
+    columns = [0, 1, vocabulary - 1, *range(500, vocabulary, 1024)]
+    torch.manual_seed(0)
+    memory = torch.randn(len(columns) * vocabulary + offset).mul_(3).to(dtype)
+    logits = memory[offset:].view(1, -1, vocabulary)
+    labels = torch.tensor([columns])
+    for size in (1, 3, 400):
+        sets = sets_of(labels, vocabulary, [size] * len(columns))
+        keywords = {"advantages": torch.ones(1), "old_logps": torch.zeros(labels.shape)}
+        check_with_sets(logits, labels, keywords, sets)
+
+
+@CUDA
+@pytest.mark.parametrize("clusters", [True, False])
+@pytest.mark.parametrize("keywords", [{}, {"center": "group"}, {"entropy_coef": 0.1}])
+def test_no_bit_of_sets_depends_on_the_order_of_events(keywords, clusters):
+    """Nor on the gradient's place, the ring, or how many rows are on the chip at once."""
+    logits, labels, sets = inputs_with_sets(torch.bfloat16, 6001)
+    results = []
+    try:
+        for seed in range(6):
+            stages = 4 + seed % 2
+            cuda._cuda.configure(stages, stages, clusters, 1 + seed, seed)
+            leaf = logits.clone().requires_grad_()
+            out = r2vpo_loss(
+                leaf * 1, labels, None, torch.ones(1), sampling_mask=sets, inplace=seed % 3 == 1,
+                backend="cuda", **keywords,
+            )  # fmt: skip
+            out.loss.backward()
+            results.append((out.loss.detach(), out.logps, leaf.grad))
+    finally:
+        cuda._cuda.configure(**DEFAULTS)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@CUDA
+def test_without_sets_a_mask_changes_no_bit(gpu):
+    logits, labels = inputs(torch.bfloat16, 5003, 5)
+    sets = SamplingMask.from_lists([None] * 4)
+    found = []
+    for sampling_mask in (None, sets):
+        leaf = logits.detach().requires_grad_()
+        out = r2vpo_loss(
+            leaf, labels, None, torch.ones(1), sampling_mask=sampling_mask, backend="cuda"
+        )
+        out.loss.backward()
+        found.append((out.loss.detach(), out.logps, leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def found_by_each_kernel(t, rows, gradient, entropy):
+    """What the row kernels write, in place: the numbers of tokens, and gradient(logits)."""
+    forward, of_one_pass = torch.full((4, 8), 99.0), torch.full((2, 8), 99.0)
+    last = slice(None) if entropy else slice(-1)
+    arguments = [*forward[last], *[None] * (not entropy)]
+    cuda.logps_forward(rows(), t, None, 0, *arguments)
+    slopes = torch.linspace(-1, 1, 8), torch.linspace(0, 1, 8) if entropy else None
+    logits = rows()
+    cuda.logps_backward(logits, logits, t, None, 0, *arguments, *slopes, None)
+    backward, logits = gradient(logits), rows()
+    arguments = [*of_one_pass[last], *[None] * (not entropy)]
+    cuda.one_pass(logits, logits, t, None, 0, *arguments)
+    return forward, of_one_pass, backward, gradient(logits)
+
+
+@CUDA
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("vocabulary", [33, 20011])
+def test_compact_values_are_as_their_words_in_rows(gpu, vocabulary, entropy):
+    """No row is touched; full vocabularies are left out. A block alone gives the same bits."""
+    logits, labels, sets = inputs_with_sets(torch.float32, vocabulary)
+    t = prepared(labels, vocabulary, sets=sets, advantages=torch.ones(1, 8))
+    t.workspace[2] = 0.1 * entropy  # its coefficient
+    places = sets.token_of(), sets.token_ids.long()
+    values = logits[0][places]
+
+    def compact_rows():
+        t.support = calls.Support(sets.token_ids, values.clone(), 0, True)
+        return t.support.values.expand(1, 8, -1)
+
+    found = []
+    touched = counted(
+        lambda: found.extend(
+            found_by_each_kernel(t, compact_rows, lambda _: t.support.values, entropy)
+        )
+    )
+    assert touched == ([], [])
+    tokens = torch.arange(8)
+    masked = torch.isin(tokens, torch.tensor(MASKED))
+    left_out = (torch.tensor(SIZES) == FULL) & ~masked
+    for numbers in found[:2]:
+        numbers = numbers if entropy else numbers[:-1]
+        assert (numbers[:, left_out] == 99.0).all() and (numbers[:, masked] == 0.0).all()
+    of_masked = masked[places[0]]
+    assert all(torch.equal(x[of_masked], values[of_masked]) for x in found[2:])
+
+    # Of this objective.
+    keywords = {"advantages": torch.ones(1), "old_logps": None, "entropy_coef": 0.1 * entropy}
+    of_sets = logits.masked_fill(~kept_words(sets, vocabulary), -math.inf)
+    truth = truth_of(of_sets, labels, keywords, "cuda")
+    here = ~left_out
+    for numbers in found[:2]:
+        assert_within("logps", numbers[0, here], truth.logps[here], truth.logps_bound[here])
+    exact, bound = truth.gradient[places], truth.gradient_bound[places]
+    assert_within("gradient", found[3][~of_masked], exact[~of_masked], bound[~of_masked])
+
+    if gpu["clusters"] and gpu["stages"] < 4:
+        return  # several blocks share the words of a set, as they share no device's
+    cuda._cuda.configure(**DEFAULTS | {"clusters": False})
+    t.support = ops.support_of(sets.token_ids, 0)
+    in_rows = found_by_each_kernel(t, logits.clone, lambda rows: rows[0][places], entropy)
+    for numbers, of_row in zip(found[:2], in_rows[:2], strict=True):
+        assert torch.equal(numbers[:, here], of_row[:, here])
+    for x, of_row in zip(found[2:], in_rows[2:], strict=True):
+        assert torch.equal(x[~of_masked], of_row[~of_masked])
+
+
+@CUDA
+def test_a_shard_reads_and_writes_its_own_words(gpu):
+    """The label is in one of them; a set may have no word in another."""
+    vocabulary = 5000
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 3, vocabulary), torch.tensor([[10, 2500, 4999]])
+    sets = SamplingMask.from_lists([[10, 30, 40], [1, 2500, 3000, 4000], [4999]])
+    kept = kept_words(sets, vocabulary)
+    for words in (range(0, 2000), range(2000, 2500), range(2500, 5000)):
+        here = slice(words.start, words.stop)
+        shard, own = logits[..., here].clone(), kept[:, here]
+        t = prepared(labels, vocabulary, sets=sets, words=words, advantages=torch.ones(1, 3))
+        logps, top, log_total = torch.empty(3, 3)
+        cuda.logps_forward(shard, t, None, 0, logps, top, log_total, None)
+        exact = shard[0].double().masked_fill(~own, -math.inf)
+        owns_label = torch.tensor([label in words for label in labels[0].tolist()])
+        assert torch.equal(logps.isfinite(), owns_label)
+        has_words = own.any(1)
+        assert torch.equal(log_total == -math.inf, ~has_words)
+        assert torch.equal(top[has_words], exact.amax(1).float()[has_words])
+        forward = torch.zeros(3), top, log_total, None
+        gradient = torch.empty_like(shard)
+        slopes = torch.ones(3), None, None
+        _, writes = counted(
+            lambda shard=shard, gradient=gradient, t=t, rest=(*forward, *slopes): (
+                cuda.logps_backward(shard, gradient, t, None, 0, *rest)
+            )
+        )
+        assert torch.equal(of_elements(writes, gradient)[0], 1 + own.long())
+        assert not gradient[0][~own].any()
+        # The label's is 1 - p, which is 0 for a log-prob of 0.
+        of_label = torch.zeros_like(own)
+        for token in owns_label.nonzero()[:, 0].tolist():
+            of_label[token, labels[0, token] - words.start] = True
+        assert torch.equal(gradient[0] != 0, own & ~of_label)
+
+
 # The kernels over tokens.
 
 
@@ -272,7 +583,7 @@ def finished(tokens, length, groups, level, seed):
     results = []
     for _ in range(2):
         means, stats = torch.full((2, groups), math.nan), torch.full((3, groups), math.nan)
-        loss, metrics = torch.tensor(math.nan), torch.full((11,), math.nan)
+        loss, metrics = torch.tensor(math.nan), torch.full((13,), math.nan)
         slopes = torch.full((2, tokens), math.nan)
         cuda.means(t, logps, calls.NOTHING, means)
         cuda.finish(t, logps, None, calls.NOTHING, means, loss, stats, metrics, *slopes)
@@ -301,7 +612,7 @@ def test_a_ticket_that_is_taken_leaves_no_last_block(poisoned):
     """What the test above would see, if a block came to its end before others."""
     t = prepared(torch.zeros(50, dtype=torch.long), 1, 10)
     t.workspace.view(torch.int32)[calls.TICKETS + 1] = 1000
-    metrics = torch.full((11,), math.nan)
+    metrics = torch.full((13,), math.nan)
     cuda.finish(
         t, torch.zeros(50), None, calls.NOTHING, None, torch.empty(()), torch.empty(3, 1), metrics,
         None, None,
@@ -310,12 +621,15 @@ def test_a_ticket_that_is_taken_leaves_no_last_block(poisoned):
 
 
 @CUDA
+@pytest.mark.parametrize("with_sets", [False, True])
 @pytest.mark.parametrize("with_index", [False, True])
-def test_a_row_takes_the_numbers_of_its_token(with_index):
+def test_a_row_takes_the_numbers_of_its_token(with_index, with_sets):
     """Rows of a part of the tokens, in any order, and nothing is written for the others."""
     torch.manual_seed(0)
     labels = torch.tensor([3, -100, 7, 0, 5, 2])
-    t = prepared(labels, 12, advantages=torch.randn(6), temperature=torch.rand(6) + 0.5)
+    sets = sets_of(labels, 12, [3, 4, FULL, 5, 2, 12]) if with_sets else None
+    given = {"advantages": torch.randn(6), "temperature": torch.rand(6) + 0.5}
+    t = prepared(labels, 12, sets=sets, **given)
     logits = torch.randn(1, 6, 12)
 
     def one_pass(rows, index, first):
@@ -407,13 +721,13 @@ def machine_code():
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_machine_code_is_as_meant(machine_code, target):
     """No spills, room for two blocks, 16-byte accesses, and copies that the loading warp makes."""
-    kernels = {name: r for name, r in machine_code[target].items() if len(name) == 4}
-    # Three dtypes: log-probs both ways and the one-pass, with entropy and without; the one-pass
-    # also with a part of the row in registers; scaling.
-    assert len(kernels) == 3 * (2 + 2 + 2 + 2 + 1)
+    kernels = {name: r for name, r in machine_code[target].items() if len(name) == 5}
+    # Three dtypes: log-probs both ways and the one-pass, with entropy and without, with a sampling
+    # mask and without; the one-pass also with a part of the row in registers; scaling.
+    assert len(kernels) == 3 * (4 + 4 + 4 + 2 + 1)
     bulk = target != "sm_80"
-    for (kernel, dtype, entropy, held), r in kernels.items():
-        name = f"{kernel} {dtype} {entropy=} {held=}"
+    for (kernel, dtype, entropy, support, held), r in kernels.items():
+        name = f"{kernel} {dtype} {entropy=} {support=} {held=}"
         assembly = r["assembly"]
 
         def count(pattern, assembly=assembly):
@@ -434,8 +748,10 @@ def test_the_machine_code_is_as_meant(machine_code, target):
         # Logits come by those copies; what is loaded otherwise is per token, or a row's edge.
         assert max(r["loads"], default=0) <= 8, name
         if dtype != "Float32":
-            # An edge in each look of its own, and the label.
-            assert r["loads"].count(2) == {"LogpsForward": 2, "OnePass": 2}.get(kernel, 1), name
+            # An edge in each look of its own, and the label; of a set eight in each look.
+            alone = {"LogpsForward": 2, "OnePass": 2}.get(kernel, 1)
+            of_sets = 8 * support * (2 if kernel == "OnePass" else 1)
+            assert r["loads"].count(2) == alone + of_sets, name
         assert count(r"LDS\.128") >= 2, name
         has_gradient = kernel != "LogpsForward"
         assert (r["stores"].count(16) >= 2) == has_gradient, name
@@ -459,7 +775,7 @@ def test_the_machine_code_over_tokens_is_as_meant(machine_code, target):
         # 16 warps a block on four schedulers of 16384 registers.
         assert r["registers"] <= 128, name
         # The sums of a block's warps, and what the system takes.
-        assert r["shared"] <= 1024 + 16 * 10 * 8, name
+        assert r["shared"] <= 1024 + 16 * 13 * 8, name
         atomics = re.findall(r"\b(?:ATOM|RED)[A-Z]?\.[\w.]+", r["assembly"])
         meets = name in ("Means", "Finish")
         assert atomics == (["ATOMG.E.ADD.STRONG.GPU"] if meets else []), name
