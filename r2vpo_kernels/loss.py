@@ -287,6 +287,10 @@ def linear_r2vpo_loss(
             0 (advantage 0, no KL, no entropy bonus, and on-policy or λ = 0) out of those for the
             gradient. On a GPU finding them waits for it once, and once more in a backward that
             recomputes; False for no wait, no saving, and a copy of hidden.
+        sampling_mask: as for `r2vpo_loss`. With `compact`, and sets that are small beside the
+            vocabulary, only the kept words' logits are formed, in float32, from their rows of
+            weight (docs/sampling_masks.md, "From hidden states"): no product over the vocabulary,
+            but for tokens of an empty set.
         The other keywords are those of `r2vpo_loss`, except inplace. Backend "eager" holds all
             logits. With tp_group each rank has its rows of weight and bias, and the same hidden,
             whose gradient is summed over the ranks (in float32); weight or bias as a DTensor is

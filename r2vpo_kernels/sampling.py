@@ -291,7 +291,7 @@ def order_by_word(token_ids: Tensor) -> Tensor:
 register_pytree_node(
     SamplingMask,
     lambda mask: (list(mask.tensors()), mask.missing_label),
-    lambda tensors, missing_label: SamplingMask.of(*tensors, missing_label),
+    lambda tensors, missing_label: SamplingMask.of(*(*tensors, missing_label)),
     serialized_type_name="r2vpo_kernels.SamplingMask",
     flatten_with_keys_fn=lambda mask: (
         [(GetAttrKey(n), getattr(mask, n)) for n in ("token_ids", "offsets", "largest")],

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from hypothesis import given
-from support.harness import check_linear_case
+from support.harness import check_linear_case, check_values, truth_of
 from support.launches import count_launches
 from support.strategies import DTYPES, Case, LinearCase, linear_cases, sets_of
+from support.tolerance import Linear
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
@@ -65,6 +66,18 @@ def test_rows_and_words_of_several_steps_are_within_the_budget(always, device, d
     head = {"softcap": 4.0, "logit_scale": 0.5, "chunk_tokens": None, "compact": True}
     wide = 1030 if always == "cpp" else 40
     check_linear_case(*LinearCase(case, wide, True, (), head).tensors(device), always)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_a_half_head_are_float32(always, device, dtype):
+    leaves, labels, keywords = draw(device, dtype=dtype)
+    out = linear_r2vpo_loss(*leaves, labels, backend=always, **keywords)
+    hidden, weight = (x.detach().double() for x in leaves)
+    linear = Linear(hidden * (labels >= 0)[:, None], weight, None, None, 1.0, torch.float32)
+    truth = truth_of(
+        linear.logits(), labels, keywords, always, logits_error=linear.logits_error()
+    )
+    check_values(out, truth, torch.ones(()))
 
 
 @pytest.mark.parametrize("center", ["one", "group"])
