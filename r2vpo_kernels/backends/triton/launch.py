@@ -32,6 +32,9 @@ TUNING = (
 PER_THREAD_PEELED = 8
 # What is loaded ahead of its use, by each program.
 BYTES_AHEAD = 48 * 2**10
+# The step over the words of a support, whatever the row, and the threads of values that have none.
+SUPPORT_STEP = 512
+COMPACT_THREADS = 128
 REGISTERS = 65536
 MOST_REGISTERS = 128
 VECTOR_BYTES = 16

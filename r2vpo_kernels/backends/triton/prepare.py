@@ -22,6 +22,9 @@ from .workspace import (
     OLD_LOGP,
     REF_LOGP,
     SHARD_FAULT,
+    SUPPORT_BEGIN,
+    SUPPORT_COUNT,
+    SUPPORT_SIZE,
     TEMPERATURE,
     TICKETS,
     TOKEN_WEIGHT,
@@ -83,14 +86,55 @@ def _bad_offsets(cu_seqlens, tokens, units):
 
 
 @triton.jit
+def _first_at_least(token_ids, low, high, word, steps):
+    """The first of sorted ids from `low` to `high` that is not less than a word, or `high`.
+
+    2^steps is more than there are.
+    """
+    for _step in range(0, steps):
+        middle = (low + high) // 2
+        more = low < high
+        less = tl.load(token_ids + middle, mask=more, other=0).to(tl.int64) < word
+        low = tl.where(more & less, middle + 1, low)
+        high = tl.where(more & (less == 0), middle, high)
+    return low
+
+
+@triton.jit
+def _support(
+    token_ids, offsets, token, valid, label, ids, first_word, words, steps, missing_full
+):  # fmt: skip
+    """K of Eq. 1 of valid tokens: (begin, count, size, whether the label is missing)."""
+    begin = tl.load(offsets + token, mask=valid, other=0)
+    end = tl.load(offsets + token + 1, mask=valid, other=0)
+    begin = tl.minimum(tl.maximum(begin, 0), ids)
+    end = tl.minimum(tl.maximum(end, begin), ids)
+    at = _first_at_least(token_ids, begin, end, label, steps)
+    found = tl.load(token_ids + at, mask=at < end, other=-1).to(tl.int64) == label
+    full = (begin == end) | ((found == 0) & (missing_full != 0))
+    first = _first_at_least(token_ids, begin, end, first_word, steps)
+    past = _first_at_least(token_ids, begin, end, first_word + words, steps)
+    missing = valid & (full == 0) & (found == 0)
+    return (
+        tl.where(full, 0, first).to(tl.int32),
+        tl.where(full, -1, past - first).to(tl.int32),
+        tl.where(full, 0, end - begin).to(tl.int32),
+        missing,
+    )
+
+
+@triton.jit
 def _store_numbers(
-    workspace, cu_seqlens, normalizer, tokens, units, factor, kl_coef, entropy_coef, clamp
+    workspace, cu_seqlens, normalizer, largest, tokens, units, sampling_vocabulary, factor, kl_coef,
+    entropy_coef, clamp,
 ):  # fmt: skip
     """What is one for the whole batch; returns whether it is bad."""
     bad = False
+    if largest is not None:
+        bad = tl.load(largest) >= sampling_vocabulary
     if normalizer is not None:
         given = tl.load(normalizer).to(tl.float32)
-        bad = (given >= 0) == 0
+        bad |= (given >= 0) == 0
         factor = given
     if cu_seqlens is not None:
         bad |= _bad_offsets(cu_seqlens, tokens, units)
@@ -114,7 +158,7 @@ _COLUMNS = (
 def prepare_kernel(
     workspace, labels, mask, old_logps, advantages, importance_weights, variance_coef, temperature,
     ref_logps, logps, entropy, cu_seqlens, group_ids, center, normalizer, numbers, logps_out,
-    entropy_out, activity,
+    entropy_out, activity, token_ids, offsets, largest,
     labels_unit: tl.int64, labels_token: tl.int64,
     mask_unit: tl.int64, mask_token: tl.int64,
     old_logps_unit: tl.int64, old_logps_token: tl.int64,
@@ -129,7 +173,8 @@ def prepare_kernel(
     tokens: tl.int64, units: tl.int64, groups: tl.int64,
     unit_length: tl.int64, units_per_group: tl.int64,
     ignore_index: tl.int64, vocabulary: tl.int64, first_word: tl.int64, words: tl.int64,
-    mean_over_unit: tl.int32, count_kind: tl.int32,
+    ids: tl.int64, sampling_vocabulary: tl.int64, steps: tl.int32, missing_full: tl.int32,
+    sparse_head: tl.int32, mean_over_unit: tl.int32, count_kind: tl.int32,
     variance_coef_number: tl.float32, temperature_number: tl.float32, factor: tl.float32,
     kl_coef: tl.float32, entropy_coef: tl.float32, log_ratio_clamp: tl.float32,
     UNITS: tl.constexpr, TOKENS: tl.constexpr,
@@ -201,11 +246,25 @@ def prepare_kernel(
                 outside = (label < 0) | (label >= vocabulary)
                 bad |= outside
                 here = (outside == 0) & (label >= first_word) & (label - first_word < words)
+            place = workspace + HEADER + token
+            size = tl.zeros([UNITS, TOKENS], tl.int32)
+            kept = tl.full([UNITS, TOKENS], -1, tl.int32)
+            if token_ids is not None:
+                first, kept, size, missing = _support(
+                    token_ids, offsets, token, valid & (outside == 0), label, ids, first_word, words,
+                    steps, missing_full,
+                )  # fmt: skip
+                bad |= missing
+                here &= missing == 0
+                row = integers(workspace) + HEADER + token
+                tl.store(row + tokens * SUPPORT_BEGIN, first, mask=inside)
+                tl.store(row + tokens * SUPPORT_COUNT, kept, mask=inside)
+                tl.store(row + tokens * SUPPORT_SIZE, size, mask=inside)
+            if labels is not None:
                 word = tl.where(here, label - first_word, words).to(tl.int32)
             word = tl.where(valid, word, -1)
             tl.store(integers(workspace) + HEADER + token, word, mask=inside)
 
-            place = workspace + HEADER + token
             value = _value(
                 temperature, temperature_unit, temperature_token, unit, token, valid,
                 temperature_number,
@@ -257,7 +316,10 @@ def prepare_kernel(
                 still = (advantage == 0) & level
                 still &= tl.full(still.shape, kl_coef, tl.float32) == 0
                 still &= tl.full(still.shape, entropy_coef, tl.float32) == 0
+                # The one word of its set has all the probability.
+                still |= size == 1
                 value = tl.where(valid, still.to(tl.int32), 2)
+                value = tl.where((kept >= 0) & (sparse_head != 0), 3, value)
                 tl.store(activity + token, value.to(tl.uint8), mask=inside)
         found = tl.sum(seen, 1, keep_dims=True)
         counted += tl.where(count_kind == 1, found, (found > 0).to(tl.int32))
@@ -269,8 +331,8 @@ def prepare_kernel(
     fault = tl.max(bad_tile) > 0
     if program == 0:
         fault |= _store_numbers(
-            workspace, cu_seqlens, normalizer, tokens, units, factor, kl_coef, entropy_coef,
-            log_ratio_clamp,
+            workspace, cu_seqlens, normalizer, largest, tokens, units, sampling_vocabulary, factor,
+            kl_coef, entropy_coef, log_ratio_clamp,
         )  # fmt: skip
     tl.store(workspace + FAULTS + program, fault.to(tl.float32))
 
@@ -281,19 +343,24 @@ def prepare(p) -> None:
     columns = [getattr(p, name) for name in _COLUMNS]
     given = torch.is_tensor(p.numbers)
     unit_tile, token_tile = launch.tile_shape(t.tokens, t.units)
+    sets, ids, missing_full = (None, None, None), 0, 0
+    if p.sampling_mask is not None:
+        sets, ids = p.sampling_mask.tensors(), p.sampling_mask.token_ids.shape[0]
+        missing_full = int(p.sampling_mask.missing_label == "full")
     prepare_kernel(
         t.parts,
         (
             t.workspace, *[column.tensor for column in columns], p.cu_seqlens, p.group_ids,
             p.center, p.normalizer, p.numbers if given else None, p.logps_out, p.entropy_out,
-            p.activity,
+            p.activity, *sets,
         ),
         (
             *[stride for column in columns for stride in column[1:]],
             0 if p.group_ids is None else p.group_ids.stride(0),
             0 if p.center is None else p.center.stride(0),
             t.tokens, t.units, t.groups, p.unit_length, p.units_per_group, p.ignore_index,
-            p.vocabulary, p.first_word, p.words, int(p.mean_over_unit), p.count_kind,
+            p.vocabulary, p.first_word, p.words, ids, p.sampling_vocabulary, ids.bit_length(),
+            missing_full, int(p.sparse_head), int(p.mean_over_unit), p.count_kind,
             *((0.0,) * 6 if given else p.numbers),
         ),
         UNITS=unit_tile, TOKENS=token_tile,

@@ -36,6 +36,8 @@ from .workspace import (
     KL_COEF,
     OLD_LOGP,
     REF_LOGP,
+    SUPPORT_BEGIN,
+    SUPPORT_COUNT,
     TEMPERATURE,
     TOKEN_WEIGHT,
     VARIANCE_COEF,
@@ -205,18 +207,124 @@ def _dlogp(
     return slope
 
 
+# A row that has a support: the logits of its words go into `values`, from the first of its ids on,
+# and are looked at there as a row of their own. `column` of a word is its id less first_word. With
+# COMPACT they are there, and there is no other row.
+
+
+@triton.jit
+def _support(workspace, tokens, token, support):
+    """(the first of its ids, how many words; below 0 the full vocabulary)."""
+    begin = tl.full((), 0, tl.int64)
+    count = tl.full((), -1, tl.int32)
+    if support is not None:
+        place = integers(workspace) + HEADER + token
+        begin = tl.load(place + tokens * SUPPORT_BEGIN).to(tl.int64)
+        count = tl.load(place + tokens * SUPPORT_COUNT)
+    return begin, count
+
+
+@triton.jit
+def _gather(
+    row, lead, token_ids, values, count, first_word, label,
+    COMPACT: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Fill values; returns the label's place among them, or their number."""
+    found = count
+    for start in range(0, count, STEP):
+        k = start + tl.arange(0, STEP)
+        inside = k < count
+        column = tl.load(token_ids + k, mask=inside, other=0) - first_word
+        found = tl.minimum(found, tl.min(tl.where(inside & (column == label), k, count), 0))
+        if not COMPACT:
+            z = tl.load(row + lead + column, mask=inside)
+            tl.store(values + k, z.to(tl.float32), mask=inside)
+    # Of other threads too; and in place, all are read before any is overwritten.
+    tl.debug_barrier()
+    return found
+
+
+@triton.jit
+def _scatter(grad_row, lead, end, token_ids, values, count, first_word, ALIGNED: tl.constexpr,
+             BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    """Zeros, and values at their columns."""
+    _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
+    tl.debug_barrier()
+    for start in range(0, count, STEP):
+        k = start + tl.arange(0, STEP)
+        column = tl.load(token_ids + k, mask=k < count, other=0) - first_word
+        dz = tl.load(values + k, mask=k < count)
+        tl.store(grad_row + lead + column, dz.to(grad_row.dtype.element_ty), mask=k < count)
+
+
+@triton.jit
+def _look(
+    row, lead, end, label, temperature, token_ids, values, begin, count, first_word,
+    ENTROPY: tl.constexpr, COMPACT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The first look at a row or, where it has one, at its support; and the label's place there."""
+    place = 0
+    logp = 0.0
+    top = 0.0
+    log_total = 0.0
+    entropy = 0.0
+    if count >= 0:
+        if token_ids is not None:
+            place = _gather(
+                row, lead, token_ids + begin, values + begin, count, first_word, label, COMPACT,
+                STEP,
+            )  # fmt: skip
+            logp, top, log_total, entropy = _first_look(
+                values + begin, 0, count, place, temperature, ENTROPY, False, STEP, 1
+            )
+    elif not COMPACT:
+        logp, top, log_total, entropy = _first_look(
+            row, lead, end, label, temperature, ENTROPY, ALIGNED, BLOCK, STAGES
+        )
+    return place, logp, top, log_total, entropy
+
+
+@triton.jit
+def _pull_back(
+    row, grad_row, lead, end, label, place, temperature, logp, top, log_total, entropy, dlogp,
+    dentropy, token_ids, values, begin, count, first_word,
+    ENTROPY: tl.constexpr, COMPACT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The second look likewise, once the values are there, and the whole row's gradient."""
+    if count >= 0:
+        if token_ids is not None:
+            _second_look(
+                values + begin, values + begin, 0, count, place, temperature, logp, top, log_total,
+                entropy, dlogp, dentropy, ENTROPY, False, STEP, 1,
+            )  # fmt: skip
+            if not COMPACT:
+                _scatter(
+                    grad_row, lead, end, token_ids + begin, values + begin, count, first_word,
+                    ALIGNED, BLOCK, STEP,
+                )  # fmt: skip
+    elif not COMPACT:
+        _second_look(
+            row, grad_row, lead, end, label, temperature, logp, top, log_total, entropy, dlogp,
+            dentropy, ENTROPY, ALIGNED, BLOCK, STAGES,
+        )  # fmt: skip
+
+
 @launch.Kernel
 def logps_forward_kernel(
-    logits, workspace, index, logps, top, log_total, entropy,
-    tokens: tl.int64, first: tl.int64,
+    logits, workspace, index, token_ids, values, logps, top, log_total, entropy,
+    tokens: tl.int64, first: tl.int64, first_word: tl.int32,
     rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
     stride_batch: tl.int64, stride_token: tl.int64,
-    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    COMPACT: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     ENTROPY: tl.constexpr = entropy is not None
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         token = first + row if index is None else tl.load(index + row)
         label = tl.load(integers(workspace) + HEADER + token)
+        begin, count = _support(workspace, tokens, token, token_ids)
         logp_t = 0.0
         top_t = 0.0
         log_total_t = 0.0
@@ -226,30 +334,34 @@ def logps_forward_kernel(
                 row, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
             )
             temperature = tl.load(workspace + HEADER + tokens * TEMPERATURE + token)
-            logp_t, top_t, log_total_t, entropy_t = _first_look(
-                _row(logits, offset), lead, end, label, temperature,
-                ENTROPY, ALIGNED, BLOCK, STAGES,
+            _label, logp_t, top_t, log_total_t, entropy_t = _look(
+                _row(logits, offset), lead, end, label, temperature, token_ids, values, begin,
+                count, first_word, ENTROPY, COMPACT, ALIGNED, BLOCK, STAGES, STEP,
             )  # fmt: skip
-        tl.store(logps + token, logp_t)
-        tl.store(top + token, top_t)
-        tl.store(log_total + token, log_total_t)
+        # Tokens of the full vocabulary are left out of compact values.
+        ours = (label < 0) | (count >= 0) | (COMPACT == 0)
+        tl.store(logps + token, logp_t, mask=ours)
+        tl.store(top + token, top_t, mask=ours)
+        tl.store(log_total + token, log_total_t, mask=ours)
         if ENTROPY:
-            tl.store(entropy + token, entropy_t)
+            tl.store(entropy + token, entropy_t, mask=ours)
 
 
 @launch.Kernel
 def logps_backward_kernel(
-    logits, dlogits, workspace, index, logps, top, log_total, entropy, grad_logps, grad_entropy,
-    upstream, tokens: tl.int64, first: tl.int64,
+    logits, dlogits, workspace, index, token_ids, values, logps, top, log_total, entropy,
+    grad_logps, grad_entropy, upstream, tokens: tl.int64, first: tl.int64, first_word: tl.int32,
     rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
     stride_batch: tl.int64, stride_token: tl.int64,
     grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
-    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    COMPACT: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     ENTROPY: tl.constexpr = grad_entropy is not None
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         token = first + row if index is None else tl.load(index + row)
         label = tl.load(integers(workspace) + HEADER + token)
+        begin, count = _support(workspace, tokens, token, token_ids)
         offset, lead, end = _place(
             row, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
         )
@@ -268,31 +380,41 @@ def logps_backward_kernel(
             if ENTROPY:
                 entropy_t = tl.load(entropy + token)
                 dentropy = tl.load(grad_entropy + token) * scale
-            _second_look(
-                _row(logits, offset), grad_row, lead, end, label,
+            z = _row(logits, offset)
+            place = 0
+            if token_ids is not None:
+                place = _gather(
+                    z, lead, token_ids + begin, values + begin, count, first_word, label, COMPACT,
+                    STEP,
+                )  # fmt: skip
+            _pull_back(
+                z, grad_row, lead, end, label, place,
                 tl.load(workspace + HEADER + tokens * TEMPERATURE + token), tl.load(logps + token),
                 tl.load(top + token), tl.load(log_total + token), entropy_t,
-                tl.load(grad_logps + token) * scale, dentropy, ENTROPY, ALIGNED, BLOCK, STAGES,
+                tl.load(grad_logps + token) * scale, dentropy, token_ids, values, begin, count,
+                first_word, ENTROPY, COMPACT, ALIGNED, BLOCK, STAGES, STEP,
             )  # fmt: skip
-        else:
+        elif not COMPACT:
             _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
 
 
 @launch.Kernel
 def one_pass_kernel(
-    logits, dlogits, workspace, index, logps, entropy,
-    tokens: tl.int64, first: tl.int64, parts: tl.int32,
+    logits, dlogits, workspace, index, token_ids, values, logps, entropy,
+    tokens: tl.int64, first: tl.int64, first_word: tl.int32, parts: tl.int32,
     rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
     stride_batch: tl.int64, stride_token: tl.int64,
     grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
     ON_POLICY: tl.constexpr, KL: tl.constexpr,
-    ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    COMPACT: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     ENTROPY: tl.constexpr = entropy is not None
     divisor = denominator(workspace, parts)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         token = first + row if index is None else tl.load(index + row)
         label = tl.load(integers(workspace) + HEADER + token)
+        begin, count = _support(workspace, tokens, token, token_ids)
         offset, lead, end = _place(
             row, length, vocabulary, misaligned, stride_batch, stride_token, ALIGNED, VECTOR
         )
@@ -307,23 +429,27 @@ def one_pass_kernel(
         if label >= 0:
             z = _row(logits, offset)
             temperature = tl.load(workspace + HEADER + tokens * TEMPERATURE + token)
-            logp, top, log_total, entropy_t = _first_look(
-                z, lead, end, label, temperature, ENTROPY, ALIGNED, BLOCK, STAGES
-            )
+            place, logp, top, log_total, entropy_t = _look(
+                z, lead, end, label, temperature, token_ids, values, begin, count, first_word,
+                ENTROPY, COMPACT, ALIGNED, BLOCK, STAGES, STEP,
+            )  # fmt: skip
             weight = tl.div_rn(tl.load(workspace + HEADER + tokens * TOKEN_WEIGHT + token), divisor)
             dlogp = _dlogp(logp, workspace, tokens, token, weight, ON_POLICY, KL)
             dentropy = 0.0
             if ENTROPY:
                 dentropy = entropy_slope(tl.load(workspace + ENTROPY_COEF), weight)
-            _second_look(
-                z, grad_row, lead, end, label, temperature, logp, top, log_total, entropy_t,
-                dlogp, dentropy, ENTROPY, ALIGNED, BLOCK, STAGES,
+            _pull_back(
+                z, grad_row, lead, end, label, place, temperature, logp, top, log_total, entropy_t,
+                dlogp, dentropy, token_ids, values, begin, count, first_word,
+                ENTROPY, COMPACT, ALIGNED, BLOCK, STAGES, STEP,
             )  # fmt: skip
-        else:
+        elif not COMPACT:
             _store_zeros(grad_row, lead, end, ALIGNED, BLOCK)
-        tl.store(logps + token, logp)
+        # Tokens of the full vocabulary are left out of compact values.
+        ours = (label < 0) | (count >= 0) | (COMPACT == 0)
+        tl.store(logps + token, logp, mask=ours)
         if ENTROPY:
-            tl.store(entropy + token, entropy_t)
+            tl.store(entropy + token, entropy_t, mask=ours)
 
 
 @launch.Kernel
@@ -347,8 +473,9 @@ def scale_kernel(
 
 
 def _launch(
-    kernel, logits, dlogits, pointers, numbers=(), entropy=False, persistent=False, **flags
-) -> None:
+    kernel, logits, dlogits, pointers, numbers=(), entropy=False, persistent=False, compact=False,
+    **flags,
+) -> None:  # fmt: skip
     """One program per row of `logits`, or a persistent grid."""
     batch, length, vocabulary = logits.shape
     rows = batch * length
@@ -365,23 +492,38 @@ def _launch(
     per_thread = tuning.per_thread if aligned else launch.PER_THREAD_PEELED
     longest = vocabulary if aligned else vocabulary + vector - 1
     block = min(1 << (longest - 1).bit_length(), tuning.threads * per_thread)
+    threads = block // per_thread
+    ahead = launch.BYTES_AHEAD // (block * logits.element_size())
+    if compact:
+        # How many values there are must not change what is done with a row of them.
+        aligned, block, threads, ahead = False, vector, launch.COMPACT_THREADS, 0
     programs = rows
     if persistent:
         programs = min(rows, tuning.programs * launch.multiprocessors(logits.get_device()))
-    ahead = launch.BYTES_AHEAD // (block * logits.element_size())
     most = launch.most_ahead(logits.get_device(), entropy) if aligned else 0
     kernel(
         programs, (*big, *pointers), (*numbers, rows, length, vocabulary, misaligned, *strides),
-        threads=block // per_thread,
-        ALIGNED=aligned, VECTOR=vector, BLOCK=block, STAGES=1 + min(ahead, most), **flags,
+        threads=threads, ALIGNED=aligned, VECTOR=vector, BLOCK=block, STAGES=1 + min(ahead, most),
+        **flags,
+    )  # fmt: skip
+
+
+def _launch_with_support(kernel, logits, dlogits, t, index, pointers, numbers, **flags) -> None:
+    """`pointers` and `numbers` come after those of the tokens and their supports."""
+    token_ids, values, first_word, compact = t.support or (None, None, 0, False)
+    _launch(
+        kernel, logits, dlogits, (t.workspace, index, token_ids, values, *pointers),
+        (t.tokens, *numbers[:1], first_word, *numbers[1:]), compact=compact, COMPACT=compact,
+        STEP=launch.SUPPORT_STEP, **flags,
     )  # fmt: skip
 
 
 def logps_forward(logits, tokens, index, first, logps, top, log_total, entropy):
     """Write Eq. 1 into logps, Eq. 3 into entropy, and for logps_backward top and log_total."""
-    pointers = tokens.workspace, index, logps, top, log_total, entropy
-    numbers = tokens.tokens, first
-    _launch(logps_forward_kernel, logits, None, pointers, numbers, entropy is not None)
+    _launch_with_support(
+        logps_forward_kernel, logits, None, tokens, index, (logps, top, log_total, entropy),
+        (first,), entropy=entropy is not None,
+    )  # fmt: skip
 
 
 def logps_backward(
@@ -389,19 +531,18 @@ def logps_backward(
     grad_entropy, upstream,
 ):  # fmt: skip
     """Write into dlogits upstream times the gradient of logps and, if given, of entropy (Eq. 8)."""
-    pointers = (
-        tokens.workspace, index, logps, top, log_total, entropy, grad_logps, grad_entropy, upstream,
+    _launch_with_support(
+        logps_backward_kernel, logits, dlogits, tokens, index,
+        (logps, top, log_total, entropy, grad_logps, grad_entropy, upstream), (first,),
+        entropy=grad_entropy is not None,
     )  # fmt: skip
-    numbers = tokens.tokens, first
-    _launch(logps_backward_kernel, logits, dlogits, pointers, numbers, grad_entropy is not None)
 
 
 def one_pass(logits, dlogits, tokens, index, first, logps, entropy):
     """Write Eq. 1 into logps, Eq. 3 into entropy and dL/dlogits (Eq. 7, 8) into dlogits."""
-    pointers = tokens.workspace, index, logps, entropy
-    numbers = tokens.tokens, first, tokens.parts
-    _launch(
-        one_pass_kernel, logits, dlogits, pointers, numbers, entropy is not None, persistent=True,
+    _launch_with_support(
+        one_pass_kernel, logits, dlogits, tokens, index, (logps, entropy), (first, tokens.parts),
+        entropy=entropy is not None, persistent=True,
         ON_POLICY=tokens.on_policy, KL=KL_ESTIMATORS[tokens.kl],
     )  # fmt: skip
 

@@ -37,6 +37,7 @@ from .workspace import (
     KL_COEF,
     OLD_LOGP,
     REF_LOGP,
+    SUPPORT_SIZE,
     TICKETS,
     TOKEN_WEIGHT,
     VARIANCE_COEF,
@@ -48,7 +49,7 @@ from .workspace import (
 # Moments of a unit in `means` and in `finish`; sums of a program in `finish`.
 MEANS_MOMENTS = tl.constexpr(4)
 FINISH_MOMENTS = tl.constexpr(3)
-TOTALS = tl.constexpr(12)
+TOTALS = tl.constexpr(15)
 # Units that the last program adds at a time where they have one group, and where it compares their
 # groups; also the groups whose sums it reads at a time.
 TILE = tl.constexpr(512)
@@ -275,6 +276,9 @@ def _store_metrics(metrics, scratch, MOST: tl.constexpr):
     tl.store(metrics + 8, _total(scratch, 6, MOST).to(tl.float32))
     tl.store(metrics + 9, (_total(scratch, 7, MOST) / count).to(tl.float32))
     tl.store(metrics + 10, (_total(scratch, 8, MOST) / count).to(tl.float32))
+    tl.store(metrics + 11, (_total(scratch, 12, MOST) / count).to(tl.float32))
+    sets = tl.maximum(_total(scratch, 13, MOST), 1.0)
+    tl.store(metrics + 12, (_total(scratch, 14, MOST) / sets).to(tl.float32))
 
 
 @launch.Kernel
@@ -283,7 +287,7 @@ def finish_kernel(
     entropy_out, scratch, tokens: tl.int64, units: tl.int64, groups: tl.int64, parts: tl.int32,
     upstream_unit: tl.int64, upstream_token: tl.int64,
     ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, PER_TOKEN: tl.constexpr,
-    UNITS: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
+    SUPPORT: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5 to 7 and 9 to 11 from log-probs."""
     clamp = tl.load(workspace + CLAMP)
@@ -303,6 +307,9 @@ def finish_kernel(
     loss_total = tl.zeros([UNITS, TOKENS], tl.float64)
     lowest = tl.full([UNITS, TOKENS], INFINITY, tl.float32)
     highest = tl.full([UNITS, TOKENS], -INFINITY, tl.float32)
+    single_count = tl.zeros([UNITS, TOKENS], tl.int32)
+    set_count = tl.zeros([UNITS, TOKENS], tl.int32)
+    word_count = tl.zeros([UNITS, TOKENS], tl.int64)
     for tile in range(tl.program_id(0), tl.cdiv(units, UNITS), tl.num_programs(0)):
         unit, known, begin, end, group = _units(workspace, tokens, units, tile, UNITS)
         longest = tl.max(end - begin)
@@ -358,6 +365,12 @@ def finish_kernel(
                 loss_total += loss_t.to(tl.float64)
 
             valid_count += valid.to(tl.int32)
+            if SUPPORT:
+                row = integers(workspace) + HEADER + token
+                size = tl.load(row + tokens * SUPPORT_SIZE, mask=valid, other=0)
+                single_count += (size == 1).to(tl.int32)
+                set_count += (size > 0).to(tl.int32)
+                word_count += size.to(tl.int64)
             clamped_count += (is_clamped & valid).to(tl.int32)
             policy_total += (weight * policy).to(tl.float64)
             penalty_total += tl.where(valid, weight * penalty, 0.0).to(tl.float64)
@@ -424,6 +437,9 @@ def finish_kernel(
     tl.store(totals + 9 * programs, tl.sum(loss_total))
     tl.store(totals + 10 * programs, tl.reduce(lowest, None, nan_minimum).to(tl.float64))
     tl.store(totals + 11 * programs, tl.reduce(highest, None, nan_maximum).to(tl.float64))
+    tl.store(totals + 12 * programs, tl.sum(single_count).to(tl.float64))
+    tl.store(totals + 13 * programs, tl.sum(set_count).to(tl.float64))
+    tl.store(totals + 14 * programs, tl.sum(word_count).to(tl.float64))
     if _is_last(workspace, 1):
         _store_metrics(metrics, scratch, MOST)
         if not PER_TOKEN:
@@ -476,6 +492,6 @@ def finish(
         ),
         (t.tokens, t.units, t.groups, t.parts, upstream.stride_unit, upstream.stride_token),
         ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, KL=KL_ESTIMATORS[t.kl],
-        PER_TOKEN=loss.dim() == 1, UNITS=unit_tile, TOKENS=token_tile,
+        PER_TOKEN=loss.dim() == 1, SUPPORT=t.with_support, UNITS=unit_tile, TOKENS=token_tile,
         MOST=launch.MOST_PROGRAMS,
     )  # fmt: skip

@@ -19,7 +19,8 @@ KL_COEF = tl.constexpr(1)
 ENTROPY_COEF = tl.constexpr(2)
 FACTOR = tl.constexpr(3)
 
-# The rows of tokens, after that of the labels, and the rows of units, which are integers too.
+# The rows of tokens, after that of the labels, the last three of them integers too, and the rows of
+# units, which are integers.
 TEMPERATURE = tl.constexpr(1)
 TOKEN_WEIGHT = tl.constexpr(2)
 OLD_LOGP = tl.constexpr(3)
@@ -27,6 +28,9 @@ ADVANTAGE = tl.constexpr(4)
 VARIANCE_COEF = tl.constexpr(5)
 CENTER = tl.constexpr(6)
 REF_LOGP = tl.constexpr(7)
+SUPPORT_BEGIN = tl.constexpr(8)
+SUPPORT_COUNT = tl.constexpr(9)
+SUPPORT_SIZE = tl.constexpr(10)
 BEGIN = tl.constexpr(0)
 END = tl.constexpr(1)
 GROUP = tl.constexpr(2)
