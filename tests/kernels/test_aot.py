@@ -14,8 +14,8 @@ def report(request):
     return REPORTS[request.param], TARGETS[request.param][1]
 
 
-def row_kernels(kernels):
-    return [k for k in kernels if "vocabulary" in k]
+def row_kernels(kernels, sampled=False):
+    return [k for k in kernels if k.get("sampled") is sampled]
 
 
 def test_every_kernel_was_compiled_once(report):
@@ -24,10 +24,17 @@ def test_every_kernel_was_compiled_once(report):
     assert len({k["kernel"] for k in rows}) == 4
     # Two alignments, with entropy or without; float16 has no one-pass and nothing to scale.
     assert len(rows) == 2 * 2 * (4 + 4 + 2)
+    sampled = row_kernels(kernels, sampled=True)
+    assert len({k["kernel"] for k in sampled}) == 3
+    assert len(sampled) == 2 * 2 * 3
+    head = [k for k in kernels if "everything" in k]
+    # Compact values alone, one pass over them or all three kernels, and the products.
+    assert len({k["kernel"] for k in head}) == 6
+    assert len(head) == 4 + 6
     tokens = [k for k in kernels if "variant" in k]
     assert len({k["kernel"] for k in tokens}) == 6
     # Sequences and units of one token; the plain loss needs no means.
-    assert len(tokens) == 2 * (5 + 6 + 6)
+    assert len(tokens) == 2 * (5 + 6 + 6 + 6)
     assert all(k["recompiled"] == 0 for k in kernels), "a size or a stride was specialised on"
 
 

@@ -44,5 +44,9 @@ def name(kernel):
     if "variant" in kernel:
         units = " units of one" if kernel["units_of_one"] else ""
         return f"{kernel['kernel']} {kernel['variant']}{units}"
+    if "everything" in kernel:
+        return f"{kernel['kernel']} compact{' everything' if kernel['everything'] else ''}"
     peeled = "" if kernel["vocabulary"] == 151936 else " peeled"
-    return f"{kernel['kernel']} {kernel['dtype']}{' entropy' if kernel['entropy'] else ''}{peeled}"
+    sampled = " sampled" if kernel["sampled"] else ""
+    entropy = " entropy" if kernel["entropy"] else ""
+    return f"{kernel['kernel']} {kernel['dtype']}{entropy}{sampled}{peeled}"

@@ -22,6 +22,7 @@ from triton.runtime import driver
 from r2vpo_kernels.backends import calls
 from r2vpo_kernels.backends import triton as triton_backend
 from r2vpo_kernels.backends.triton import launch
+from r2vpo_kernels.sampling import SamplingMask
 
 from .sass import kernels_in
 
@@ -104,22 +105,30 @@ def resources(kernel, target) -> dict:
     }
 
 
-def rows_and_tokens(batch, length, with_groups=True):
+def sets_of(tokens):
+    """As many ids as there are tokens, and more."""
+    offsets = torch.arange(tokens + 1)
+    return SamplingMask.of(torch.zeros(tokens, dtype=torch.int32), offsets, offsets[0], "full")
+
+
+def rows_and_tokens(batch, length, with_groups=True, sampled=False, compact=False):
     """Tokens of a batch as `prepare` would have written them; meta tensors have no pointers."""
     units, tokens = batch, batch * length
     size = calls.HEADER + calls.ROWS * tokens + calls.UNIT_ROWS * units
     return calls.Tokens(
         torch.zeros(size), tokens, units, groups=units if with_groups else 1, parts=min(units, 8),
-        on_policy=False, sequence_level=False, kl=None,
+        on_policy=False, sequence_level=False, kl=None, with_support=sampled,
+        support=calls.Support(sets_of(tokens).token_ids, torch.zeros(tokens), batch, compact)
+        if sampled else None,
     )  # fmt: skip
 
 
-def call_rows(shape, dtype, entropy):
+def call_rows(shape, dtype, entropy, sampled):
     """The launches of a plain loss or, with entropy, of one with everything; float16's two."""
     batch, length, _ = shape
     logits = torch.empty(shape, dtype=dtype)
     dlogits = torch.empty(shape, dtype=dtype)
-    tokens = rows_and_tokens(batch, length)
+    tokens = rows_and_tokens(batch, length, sampled=sampled)
     tokens.kl = "k3" if entropy else None
     per_token = torch.zeros(batch * length)
     maybe = per_token if entropy else None
@@ -135,13 +144,41 @@ def call_rows(shape, dtype, entropy):
     if dtype == torch.float16:
         return
     triton_backend.one_pass(logits, dlogits, tokens, index, length, per_token, maybe)
-    triton_backend.scale(dlogits, number)
+    if not sampled:
+        triton_backend.scale(dlogits, number)
+
+
+def call_head(shape, dtype, everything):
+    """The launches of the sparse head: a plain one, or one with all that there is."""
+    batch, length = shape
+    tokens = rows_and_tokens(batch, length, sampled=True, compact=True)
+    count, width = batch * length, 8 * length
+    tokens.kl = "k3" if everything else None
+    per_token = torch.zeros(count)
+    maybe = per_token if everything else None
+    hidden, weight = torch.zeros(count, width, dtype=dtype), torch.zeros(9, width, dtype=dtype)
+    total = torch.float32 if everything else dtype
+    dbias = torch.zeros(9, 1, dtype=total) if everything else None
+    head = tokens, hidden, weight, 0.1 * length, maybe
+    triton_backend.head_logits(*head, weight[:, 0].clone() if everything else None, 1.0 * batch)
+    rows = tokens.support.values.expand(1, count, -1)
+    if everything:
+        triton_backend.logps_forward(rows, tokens, None, 0, per_token, per_token, per_token, maybe)
+        triton_backend.logps_backward(
+            rows, rows, tokens, None, 0, per_token, per_token, per_token, maybe, per_token, maybe,
+            None,
+        )  # fmt: skip
+    triton_backend.one_pass(rows, rows, tokens, None, 0, per_token, maybe)
+    triton_backend.head_dhidden(*head, torch.zeros(count, width, dtype=total))
+    order = torch.zeros(count, dtype=torch.int32)
+    dweight = torch.zeros(9, width, dtype=total)
+    triton_backend.head_dweight(*head, order, order, dweight, dbias, everything)
 
 
 def call_tokens(shape, variant):
     """The launches of `variant` on what is per token: what is there, and how much of it."""
     batch, length = shape
-    tokens = rows_and_tokens(batch, length, variant != "plain")
+    tokens = rows_and_tokens(batch, length, variant != "plain", variant == "sampled")
     per_token = torch.zeros(batch * length)
     spread = torch.zeros(length + 1, batch + 1).t()[:batch, :length]
     column = calls.Column(spread, length + 3, 1)
@@ -169,11 +206,12 @@ def call_tokens(shape, variant):
         arguments.normalizer, arguments.numbers = number.tensor, torch.zeros(6)
         arguments.logps_out = arguments.entropy_out = per_token
         arguments.activity = per_token.byte()
+        arguments.sampling_mask = sets_of(batch * length) if variant == "sampled" else None
         triton_backend.means(tokens, per_token, upstream, means)
     triton_backend.prepare(arguments)
     triton_backend.finish(
         tokens, per_token, entropy, upstream, means, loss, torch.zeros(3, tokens.groups),
-        torch.zeros(11), dlogps, dentropy,
+        torch.zeros(13), dlogps, dentropy,
     )  # fmt: skip
     parts = torch.zeros(5, batch * length, dtype=torch.float64)
     triton_backend.shard_parts(
@@ -216,20 +254,36 @@ def main():
 
     launch.Kernel.__call__ = launch_both_ways
     report = []
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+    sizes = (1, 2), (1, 1), (2, 16), (3, 5), (16, 16)
+    for dtype, sampled in (
+        (torch.bfloat16, False), (torch.float32, False), (torch.float16, False),
+        (torch.bfloat16, True),
+    ):  # fmt: skip
         # Whole 16-byte words in every row, and rows that must be peeled.
         for vocabulary in (151936, 50257):
             for entropy in (False, True):
                 report += compiled_by(
-                    lambda shape: call_rows((*shape, vocabulary), dtype, entropy),  # noqa: B023
-                    ((1, 2), (1, 1), (2, 16), (3, 5), (16, 16)),
+                    lambda shape: call_rows(  # noqa: B023
+                        (*shape, vocabulary), dtype, entropy, sampled  # noqa: B023
+                    ),
+                    sizes,
                     compiled,
                     target,
                     dtype=str(dtype).removeprefix("torch."),
                     vocabulary=vocabulary,
                     entropy=entropy,
+                    sampled=sampled,
                 )
-    for variant in ("plain", "token", "sequence"):
+    for everything in (False, True):
+        report += compiled_by(
+            lambda shape: call_head(shape, torch.bfloat16, everything),  # noqa: B023
+            sizes,
+            compiled,
+            target,
+            dtype="bfloat16",
+            everything=everything,
+        )
+    for variant in ("plain", "token", "sequence", "sampled"):
         # Sequences, and units of one token each.
         for sizes in (((2, 2), (2, 16), (3, 5), (16, 16)), ((2, 1), (3, 1), (16, 1))):
             report += compiled_by(
