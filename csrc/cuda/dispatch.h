@@ -1,21 +1,24 @@
-// From a call to the instance of the kernel: for its dtype, with entropy or without, with a sampling
-// mask or without.
+// From a call to the instance of the kernel: for its dtype, with or without entropy and a sampling
+// mask.
 #pragma once
 
 #include "cuda.h"
 
 namespace r2vpo {
 
-// To::launch<T, A, kEntropy, kSupport>(target, rows, a) for rows, where T is what `To` calls a number of the
-// dtype, and To::launch(target, a) for tokens.
+// To::launch<T, A, kEntropy, kSupport>(target, rows, a) for rows, where T is what `To` calls a
+// number of the dtype, and To::launch(target, a) for tokens.
 template <typename To, typename Float32, typename BFloat16, typename Float16>
 class Dispatch {
   template <typename A, bool kEntropy, bool kSupport>
   static void by_type(const CudaTarget& target, const Rows& rows, const A& a) {
+    const auto launch = [&](auto number) {
+      To::template launch<decltype(number), A, kEntropy, kSupport>(target, rows, a);
+    };
     switch (rows.dtype) {
-      case Dtype::float32: return To::template launch<Float32, A, kEntropy, kSupport>(target, rows, a);
-      case Dtype::bfloat16: return To::template launch<BFloat16, A, kEntropy, kSupport>(target, rows, a);
-      case Dtype::float16: return To::template launch<Float16, A, kEntropy, kSupport>(target, rows, a);
+      case Dtype::float32: return launch(Float32{});
+      case Dtype::bfloat16: return launch(BFloat16{});
+      case Dtype::float16: return launch(Float16{});
       default: return;
     }
   }

@@ -103,7 +103,8 @@ struct Launcher {
     config.stream = static_cast<cudaStream_t>(target.stream);
     config.attrs = &cluster;
     config.numAttrs = plan.cluster > 1;
-    const int resident = resident_of(reinterpret_cast<const void*>(function), config, target.device);
+    const int resident =
+        resident_of(reinterpret_cast<const void*>(function), config, target.device);
     config.gridDim = plan.cluster * static_cast<int>(std::min<std::int64_t>(resident, count));
     check(cudaLaunchKernelEx(&config, function, rows, a, plan.stages), "cudaLaunchKernelEx");
   }

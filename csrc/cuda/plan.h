@@ -32,8 +32,8 @@ constexpr int kAhead = 4;
 // Bytes of shared memory that the system takes for itself, for each block.
 constexpr int kReserved = 1024;
 
-// For rows of `words` whole words, and a kernel that may hold a part of them in registers or not. How
-// many blocks share a row is the same for both.
+// For rows of `words` whole words, and a kernel that may hold a part of them in registers, or may
+// not. How many blocks share a row is the same for both.
 inline Plan make_plan(const Limits& limits, std::int64_t words, bool may_hold, int chunk = kChunk,
                       int control = kControl) {
   const auto stages_in = [&](int bytes) {

@@ -14,9 +14,10 @@
 //
 // `reload` is 0 wherever ring and registers hold the row: each logit is then read from DRAM once.
 //
-// Of a row under a sampling mask the computing threads read the kept logits where they lie; such a
-// row never comes through the ring. Each block takes the kept words in its own share of the row, so
-// that it may write that share while another block still reads.
+// A row with a support of its own (a sampling mask) never comes through the ring: the computing
+// threads read the kept logits where they lie. Each block takes the kept words in its own share of
+// the row, so that it may write that share while another block still reads. Gradients wait in
+// Support::values until the share is zeroed, and are scattered into it.
 #pragma once
 
 #include "../tokens.h"
@@ -39,9 +40,9 @@ struct Looks<OnePass> {
   static constexpr bool kFirst = true, kSecond = true;
 };
 
-// Whether registers may hold a part of a row between two looks, in a block that then is alone on its
-// multiprocessor. Under a sampling mask they do not: most rows there wait for a few kept logits, and
-// two blocks wait for two rows at once.
+// Whether registers may hold a part of a row between two looks, in a block that is then alone on its
+// multiprocessor. Not under a sampling mask: most rows there wait for a few kept logits, and two
+// blocks wait for two rows at once.
 template <typename A, bool kSupport>
 constexpr bool may_hold() {
   return Looks<A>::kFirst && Looks<A>::kSecond && !kSupport;
@@ -152,16 +153,16 @@ R2VPO_TOKEN std::int64_t words_of(const Rows& rows, const A& a) {
   return support_of<kSupport>(a).compact ? 0 : rows.vocabulary / Place<T>::kColumns;
 }
 
-// What is to be done about a row: its label, and its support, as Tokens has them.
+// What a row needs: its label and its support, as Tokens has them.
 struct Task {
   int label, begin, count;
   bool compact;
 
   R2VPO_DEVICE bool is_masked() const { return label < 0; }
   R2VPO_DEVICE bool has_support() const { return count >= 0; }
-  // By somebody else.
+  // It is somebody else's.
   R2VPO_DEVICE bool is_left_out() const { return compact && !is_masked() && !has_support(); }
-  // Whether all logits are read, and come through the ring.
+  // All its logits are read, through the ring. The loading warp and the others must agree on it.
   R2VPO_DEVICE bool is_loaded() const { return !compact && !is_masked() && !has_support(); }
 };
 
@@ -432,8 +433,8 @@ class Walker {
     });
   }
 
-  // Whether a kept word is in this block's share; without a branch, for ids then come together. Each
-  // is in one block's: the columns of compact values too, which mean no place.
+  // Whether a kept word is this block's: no branch here, so that loads of ids are in flight
+  // together. Each word is one block's alone, compact or not.
   R2VPO_DEVICE bool owns(const Place<T>& place, int column) const {
     const int begin = place.head + place.first * kColumns, end = begin + place.count * kColumns;
     const bool at_edge = (column < place.head) | (column >= place.tail);
@@ -441,8 +442,8 @@ class Walker {
   }
 
   // body(at, columns) for this thread's words of a row's support, kColumns at a time, so that no
-  // chain of additions is longer than in a row of the full vocabulary. The i-th is id at +
-  // i·kComputing of the sampling mask, and in columns[i], which is -1 where it is not this block's.
+  // chain of additions is longer than in a row of the full vocabulary. The i-th has the mask's id
+  // number at + i·kComputing; columns[i] is its column, or -1 where it is not this block's.
   template <typename Body>
   R2VPO_DEVICE void for_each_kept(const Place<T>& place, const Task& task, Body body) const {
     for (int k = machine_.thread(); k < task.count; k += kColumns * kComputing) {
@@ -505,7 +506,7 @@ class Walker {
       }
     });
     if (support_.compact) return;
-    // In place another thread still reads, until here, what this one is about to overwrite.
+    // In place, this thread is about to overwrite what others read above.
     machine_.sync_computing();
     zero(place);
     machine_.sync_computing();
@@ -530,6 +531,7 @@ class Walker {
     nothing_ = Machine::template pack<T>(z);
   }
 
+  // A masked row's gradient. Compact values have no row.
   R2VPO_DEVICE void zero(const Place<T>& place) const {
     if (support_.compact) return;
     const int edge = edge_of(place);

@@ -229,15 +229,16 @@ def test_no_bit_depends_on_the_order_of_events(keywords):
 
 
 @CUDA
-def test_recorded_log_probs_are_those_of_the_loss(gpu):
+@pytest.mark.parametrize("with_sets", [False, True])
+def test_recorded_log_probs_are_those_of_the_loss(gpu, with_sets):
     """All kernels add up a row in one order: δ is 0 where nothing has changed."""
     logits, labels = inputs(torch.bfloat16, 5003, 5)
-    with torch.no_grad():
-        recorded = token_logps(logits, labels, backend="cuda")
+    sets = sets_of(labels, 5003, [9, 9, 700, FULL]) if with_sets else None
+    keywords = {"sampling_mask": sets, "backend": "cuda"}
     leaf = logits.clone().requires_grad_()
-    # A clone lies elsewhere within 16 bytes, but for its own rows.
-    recorded = token_logps(leaf, labels, backend="cuda").detach()
-    out = r2vpo_loss(leaf, labels, recorded, torch.ones(1), backend="cuda")
+    # Of the leaf: a clone lies elsewhere within 16 bytes.
+    recorded = token_logps(leaf, labels, **keywords).detach()
+    out = r2vpo_loss(leaf, labels, recorded, torch.ones(1), **keywords)
     assert torch.equal(out.logps, recorded) and out.stats.second_moment.item() == 0.0
 
 
