@@ -13,10 +13,11 @@ So the policy leaves the one that sampled, the ratio ρ leaves 1, and the dual m
 v = E[(ρ - 1)²] to its target. Success is exact answers by greedy decoding on 512 held-out prompts,
 drawn from a seed of their own; of the million prompts there are, training sees some 2 %.
 
-With --top-p rollouts are sampled from the most probable words alone, and their log-probs recorded
-as inference engines do, of the policy renormalised over those words. With --sampling-mask the loss
-takes them so too. Without it the loss takes them over the full vocabulary, and the ratio is not 1
-even where the weights have not changed.
+With --top-p rollouts are sampled from the most probable words alone, and the log-probs recorded are
+those of the policy renormalised over these words, as an inference engine records them. With
+--sampling-mask the loss renormalises too; without it the loss is over the full vocabulary, and the
+ratio is not 1 even before the weights change. A token for which one word was kept has ρ = 1
+whatever the policy does: --target-of choices holds v over the other tokens alone.
 
 Writes a CSV for each seed and one plot into --out; its curves are of the rollouts, sampled.
 """
@@ -162,6 +163,7 @@ def complete(model: TinyTransformer, prompts: Tensor, generator: torch.Generator
 
 
 def kept_sets(kept: Tensor) -> SamplingMask:
+    """Of what `sample` says was kept. The prompts' tokens have empty sets, and are masked."""
     return SamplingMask.from_counts(kept.nonzero()[:, -1], kept.sum(-1).flatten())
 
 
@@ -259,7 +261,7 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
                     )
                     loss = out.loss
                     if args.target_of == "choices":
-                        # The others, of one word, have ρ = 1: they are in the weight alone.
+                        # Where one word was kept ρ is 1: such tokens are in the weight alone.
                         out.stats.weight.mul_(1 - out.metrics()["support/single"])
                     constraint.step(out.stats)
                 else:
@@ -281,7 +283,7 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
             "lambda": constraint.coef.item() if args.loss == "r2vpo" else math.nan,
             "kl_old": torch.stack([m["kl/old"] for m in metrics]).mean().item(),
             "entropy": torch.stack([m["entropy"] for m in metrics]).mean().item(),
-            # Of the first step, whose weights are those that sampled.
+            # Of the first step: at the weights that sampled.
             "fresh_mean": metrics[0]["ratio/mean"].item(),
             "fresh_var": metrics[0]["ratio/var"].item(),
             "single": (kept.sum(-1) == 1).sum().item() / right.numel(),
@@ -297,7 +299,7 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
         mean, variance = (
             sum(row[x] for row in rows) / len(rows) for x in ("fresh_mean", "fresh_var")
         )
-        print(f"ratio with the weights that sampled: mean {mean:.7f}, variance {variance:.1e}")
+        print(f"ρ at the weights that sampled: mean {mean:.7f}, variance {variance:.1e}")
     print(
         f"{args.loss} seed {seed}: success (greedy, {HELD_OUT} held-out prompts) {before:.3f} "
         f"after {warm_up_steps} warm-up steps -> {after:.3f} after {args.steps} batches of RL, "
