@@ -3,6 +3,7 @@
     python examples/train_tiny.py                   # R²VPO, its λ set by the dual
     python examples/train_tiny.py --loss ppo-clip   # the same training with PPO's clipped loss
     python examples/train_tiny.py --seeds 0 1 2     # several seeds, one after another
+    python examples/train_tiny.py --top-p 0.9 --sampling-mask
 
 The task: six digits and "=", then the same digits in order, as in `314159=113459`. A short
 supervised warm-up leaves a model that greedily answers about one prompt in three. Then each batch
@@ -11,6 +12,12 @@ right digits, takes advantages relative to the group, and makes 8 optimizer step
 So the policy leaves the one that sampled, the ratio ρ leaves 1, and the dual moves λ to bring
 v = E[(ρ - 1)²] to its target. Success is exact answers by greedy decoding on 512 held-out prompts,
 drawn from a seed of their own; of the million prompts there are, training sees some 2 %.
+
+With --top-p rollouts are sampled from the most probable words alone, and the log-probs recorded are
+those of the policy renormalised over these words, as an inference engine records them. With
+--sampling-mask the loss renormalises too; without it the loss is over the full vocabulary, and the
+ratio is not 1 even before the weights change. A token for which one word was kept has ρ = 1
+whatever the policy does: --target-of choices holds v over the other tokens alone.
 
 Writes a CSV for each seed and one plot into --out; its curves are of the rollouts, sampled.
 """
@@ -32,6 +39,7 @@ from torch import Tensor, nn
 
 from r2vpo_kernels import (
     R2VPOOutput,
+    SamplingMask,
     VarianceConstraint,
     r2vpo_loss,
     r2vpo_loss_from_logps,
@@ -119,20 +127,44 @@ def completion_labels(tokens: Tensor) -> Tensor:
     return labels
 
 
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Where top-p keeps a word: all but the least probable that together have 1 - top_p or less."""
+    p, words = probabilities.sort(-1)
+    return torch.zeros_like(p, dtype=torch.bool).scatter(-1, words, p.cumsum(-1) > 1 - top_p)
+
+
 @torch.no_grad()
-def complete(model: TinyTransformer, prompts: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Prompts with their completions: sampled, or greedy without a generator."""
+def sample(
+    model: TinyTransformer, prompts: Tensor, generator: torch.Generator | None, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Prompts with their completions, sampled by top-p, or greedy without a generator.
+
+    Also which words were kept for each label (B, LENGTH, V): none for those of the prompt.
+    """
     tokens = chosen = prompts
     past: Sequence[Tensor | None] = [None] * len(model.blocks)
+    kept = []
     while tokens.shape[1] < LENGTH:
         logits, past = model.extend(chosen, past)
         logits = logits[:, -1]
+        probabilities = logits.softmax(-1)
+        kept.append(nucleus(probabilities, top_p))
         if generator is None:
             chosen = logits.argmax(-1, keepdim=True)
         else:
-            chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            chosen = torch.multinomial(probabilities * kept[-1], 1, generator=generator)
         tokens = torch.cat([tokens, chosen], dim=1)
-    return tokens
+    return tokens, F.pad(torch.stack(kept, dim=1), (0, 0, DIGITS, 1))
+
+
+def complete(model: TinyTransformer, prompts: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Prompts with their completions: sampled, or greedy without a generator."""
+    return sample(model, prompts, generator)[0]
+
+
+def kept_sets(kept: Tensor) -> SamplingMask:
+    """Of what `sample` says was kept. The prompts' tokens have empty sets, and are masked."""
+    return SamplingMask.from_counts(kept.nonzero()[:, -1], kept.sum(-1).flatten())
 
 
 def greedy_success(model: TinyTransformer, prompts: Tensor) -> float:
@@ -177,10 +209,11 @@ def ppo_clip(
     advantages: Tensor,
     low: float = CLIP,
     high: float = CLIP,
+    sampling_mask: SamplingMask | None = None,
 ) -> tuple[Tensor, R2VPOOutput]:
     """PPO's clipped loss in plain torch, and R²VPO's statistics of the same ratio."""
     mask = labels != IGNORE
-    logps, entropy = token_logps(logits, labels, return_entropy=True)
+    logps, entropy = token_logps(logits, labels, sampling_mask=sampling_mask, return_entropy=True)
     ratio = (logps - old_logps).exp()
     gain = advantages[:, None] * ratio
     clipped = advantages[:, None] * ratio.clamp(1 - low, 1 + high)
@@ -206,23 +239,33 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
     rows: list[Row] = []
     for step in range(1, args.steps + 1):
         prompts = make_prompts(PROMPTS, generator).repeat_interleave(GROUP, dim=0)
-        tokens = complete(model, prompts, generator)
+        tokens, kept = sample(model, prompts, generator, args.top_p)
         labels, right = completion_labels(tokens), right_digits(tokens)
         rewards = right.float().mean(1)
         advantages = group_advantages(rewards)
         with torch.no_grad():
-            old_logps = token_logps(model(tokens), labels)
+            sets = kept_sets(kept) if args.top_p < 1 else None
+            old_logps = token_logps(model(tokens), labels, sampling_mask=sets)
 
         stats, metrics, norms = [], [], []
         for _ in range(EPOCHS):
             for part in torch.randperm(len(tokens), generator=generator).chunk(MINIBATCHES):
                 batch = model(tokens[part]), labels[part], old_logps[part], advantages[part]
+                sets = kept_sets(kept[part]) if args.sampling_mask else None
                 if args.loss == "r2vpo":
-                    out = r2vpo_loss(*batch, variance_coef=constraint.coef, return_entropy=True)
+                    out = r2vpo_loss(
+                        *batch,
+                        sampling_mask=sets,
+                        variance_coef=constraint.coef,
+                        return_entropy=True,
+                    )
                     loss = out.loss
+                    if args.target_of == "choices":
+                        # Where one word was kept ρ is 1: such tokens are in the weight alone.
+                        out.stats.weight.mul_(1 - out.metrics()["support/single"])
                     constraint.step(out.stats)
                 else:
-                    loss, out = ppo_clip(*batch)
+                    loss, out = ppo_clip(*batch, sampling_mask=sets)
                 optimizer.zero_grad()
                 loss.backward()
                 norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
@@ -240,6 +283,10 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
             "lambda": constraint.coef.item() if args.loss == "r2vpo" else math.nan,
             "kl_old": torch.stack([m["kl/old"] for m in metrics]).mean().item(),
             "entropy": torch.stack([m["entropy"] for m in metrics]).mean().item(),
+            # Of the first step: at the weights that sampled.
+            "fresh_mean": metrics[0]["ratio/mean"].item(),
+            "fresh_var": metrics[0]["ratio/var"].item(),
+            "single": (kept.sum(-1) == 1).sum().item() / right.numel(),
             "grad_norm": torch.stack(norms).mean().item(),
             "seconds": time.perf_counter() - start,
         }
@@ -248,6 +295,11 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
         show_progress(f"{args.loss} seed {seed}", step, args.steps, text)
 
     after = greedy_success(model, held_out)
+    if args.top_p < 1:
+        mean, variance = (
+            sum(row[x] for row in rows) / len(rows) for x in ("fresh_mean", "fresh_var")
+        )
+        print(f"ρ at the weights that sampled: mean {mean:.7f}, variance {variance:.1e}")
     print(
         f"{args.loss} seed {seed}: success (greedy, {HELD_OUT} held-out prompts) {before:.3f} "
         f"after {warm_up_steps} warm-up steps -> {after:.3f} after {args.steps} batches of RL, "
@@ -307,10 +359,15 @@ def main() -> None:
     add("--warm-up", type=float, default=0.3, help="success to start from (default: %(default)s)")
     add("--lr", type=float, default=3e-4, help="Adam's, in RL (default: %(default)s)")
     add("--target", type=float, default=0.01, help="the v to hold (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="of sampling (default: %(default)s)")
+    add("--sampling-mask", action="store_true", help="give the loss the words that top-p kept")
+    add("--target-of", choices=("all", "choices"), default="all", help="the tokens whose v it is")
     add("--dual-lr", type=float, default=0.1, help="the step of log λ (default: %(default)s)")
     add("--out", type=Path, default=Path("demo"), help="folder to write (default: %(default)s)")
     add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args()
+    if args.target_of == "choices" and not (args.sampling_mask and args.loss == "r2vpo"):
+        parser.error("--target-of choices needs --sampling-mask and --loss r2vpo")
 
     # One by default: where other programs keep the cores busy, operations this small wait for a
     # second thread longer than they compute.
