@@ -245,7 +245,7 @@ def _token_of(offsets: Tensor, count: int) -> Tensor:
 register_pytree_node(
     SamplingMask,
     lambda mask: (list(mask.tensors()), mask.missing_label),
-    lambda tensors, missing_label: SamplingMask.of(*tensors, missing_label),
+    lambda tensors, missing_label: SamplingMask.of(*(*tensors, missing_label)),
     serialized_type_name="r2vpo_kernels.SamplingMask",
     flatten_with_keys_fn=lambda mask: (
         [(GetAttrKey(n), getattr(mask, n)) for n in ("token_ids", "offsets", "largest")],

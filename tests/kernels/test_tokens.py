@@ -512,6 +512,19 @@ def test_bad_offsets_are_a_fault_and_nan(backend, offsets):
 
 
 @pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("kind", SUPPORTS[1:])
+def test_sets_of_every_kind(backend, kind, shard):
+    """Many at once: with none, one, some or all of their words here, or of the full vocabulary."""
+    c = call(Layout.padded(8, 8), support=kind, shard=shard, mask=torch.bool, kl="k3")
+    check_call(backend, c)
+    _, count, size = c.tokens.supports.tolist()
+    assert -1 in count and all((n < 0) == (m == 0) for n, m in zip(count, size, strict=True))
+    if shard and kind != "all words":
+        assert 0 in count  # and one of several, which is not certain
+        assert kind == "single" or (1, 4) in zip(count, size, strict=True)
+
+
+@pytest.mark.parametrize("shard", [False, True])
 def test_a_label_outside_of_its_set_is_a_fault_and_nan(backend, shard):
     c = call(Layout.padded(2, 3), support="small", mask=torch.bool, shard=shard)
     column, good = c.prepare.labels.tensor, c.prepare.mask.tensor != 0
