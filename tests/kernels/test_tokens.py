@@ -195,6 +195,7 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
     if get("support"):
         # Of all words, those of another shard too.
         sets = sets_of(options["support"], all_labels, 10, draw.generator)
+        sets = [words or [] for words in sets]
         missing_label: MissingLabel = "full" if options["support"] == "some missing" else "error"
         sampling_mask = SamplingMask.from_lists(sets, device=DEVICE, missing_label=missing_label)
     parts = min(max(U, 1), get("parts", 3))
@@ -521,7 +522,7 @@ def test_sets_of_every_kind(backend, kind, shard):
     assert -1 in count and all((n < 0) == (m == 0) for n, m in zip(count, size, strict=True))
     if shard and kind != "all words":
         assert 0 in count  # and one of several, which is not certain
-        assert kind == "single" or (1, 4) in zip(count, size, strict=True)
+        assert kind == "single" or any(n == 1 < m for n, m in zip(count, size, strict=True))
 
 
 @pytest.mark.parametrize("shard", [False, True])
