@@ -195,6 +195,7 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
     if get("support"):
         # Of all words, those of another shard too.
         sets = sets_of(options["support"], all_labels, 10, draw.generator)
+        sets = [words or [] for words in sets]
         missing_label: MissingLabel = "full" if options["support"] == "some missing" else "error"
         sampling_mask = SamplingMask.from_lists(sets, device=DEVICE, missing_label=missing_label)
     parts = min(max(U, 1), get("parts", 3))
@@ -509,6 +510,21 @@ def test_bad_offsets_are_a_fault_and_nan(backend, offsets):
     assert faults(c.tokens)
     assert c.tokens.workspace[3].isnan()
     assert run_finish(backend, c, run_means(backend, c), False)["loss"].isnan()
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("kind", SUPPORTS[1:])
+def test_sets_of_every_kind(backend, kind, shard):
+    """Many at once: with none, one, some or all of their words here, or of the full vocabulary."""
+    c = call(Layout.padded(8, 8), support=kind, shard=shard, mask=torch.bool, kl="k3")
+    check_call(backend, c)
+    _, count, size = c.tokens.supports.tolist()
+    assert -1 in count and all((n < 0) == (m == 0) for n, m in zip(count, size, strict=True))
+    if shard and kind == "single":
+        assert 0 in count
+    elif shard and kind != "all words":
+        # One here, of several: it is not certain.
+        assert any(n == 1 < m for n, m in zip(count, size, strict=True))
 
 
 @pytest.mark.parametrize("shard", [False, True])
