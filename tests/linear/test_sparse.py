@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from support.harness import check_linear_case, check_values, truth_of
 from support.launches import count_launches
 from support.strategies import DTYPES, Case, LinearCase, linear_cases, sets_of
@@ -47,9 +48,8 @@ def gradients(leaves, labels, keywords, backend, **more):
     return out, torch.autograd.grad(out.loss.sum(), wanted)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(case=linear_cases())
-def test_any_call_is_within_the_budget(always, device, kind, case):
+@given(case=linear_cases(), kind=st.sampled_from(KINDS))
+def test_any_call_is_within_the_budget(always, device, case, kind):
     case.case.support, case.head["compact"] = kind, True
     check_linear_case(*case.tensors(device), always)
 
@@ -74,9 +74,7 @@ def test_logits_of_a_half_head_are_float32(always, device, dtype):
     out = linear_r2vpo_loss(*leaves, labels, backend=always, **keywords)
     hidden, weight = (x.detach().double() for x in leaves)
     linear = Linear(hidden * (labels >= 0)[:, None], weight, None, None, 1.0, torch.float32)
-    truth = truth_of(
-        linear.logits(), labels, keywords, always, logits_error=linear.logits_error()
-    )
+    truth = truth_of(linear.logits(), labels, keywords, always, logits_error=linear.logits_error())
     check_values(out, truth, torch.ones(()))
 
 
@@ -93,11 +91,12 @@ def test_it_agrees_with_dense_products(always, device, center, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_every_time_and_with_any_threads(always, device, dtype):
-    leaves, labels, keywords = draw(device, dtype=dtype, kind="some empty", n=80)
+    leaves, labels, keywords = draw(device, dtype=dtype, kind="some empty")
     threads = torch.get_num_threads()
     try:
         results = []
-        for number in (1, 2, 3):
+        # Only C++ shares its work out among threads.
+        for number in (1, 2, 3) if always == "cpp" else (1, 1):
             torch.set_num_threads(number)
             out, found = gradients(leaves, labels, keywords, always)
             results.append((out.loss, out.logps, *found))
@@ -213,6 +212,8 @@ def test_launches(always, device):
 
 
 def test_no_temporary_is_as_large_as_the_kept_rows_of_the_head(always, device):
+    if always == "triton" and device.type == "cpu":
+        pytest.skip("an interpreter's own temporaries are larger")
     leaves, labels, keywords = draw(device, n=200, width=64, vocabulary=300)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         gradients(leaves, labels, keywords, always)
@@ -234,8 +235,8 @@ def test_fullgraph_and_any_number_of_ids(always, device):
 
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     counts = []
-    for n in (20, 33, 47):
-        leaves, labels, keywords = draw(device, n=n, seed=n)
+    for n in (5, 8, 11):
+        leaves, labels, keywords = draw(device, n=n, vocabulary=20, seed=n)
         rest = keywords["sampling_mask"], keywords["old_logps"], keywords["advantages"]
         found = torch.autograd.grad(compiled(*leaves, labels, *rest), leaves)
         expected = torch.autograd.grad(call(*leaves, labels, *rest), leaves)

@@ -263,8 +263,11 @@ def main():
         for vocabulary in (151936, 50257):
             for entropy in (False, True):
                 report += compiled_by(
-                    lambda shape: call_rows(  # noqa: B023
-                        (*shape, vocabulary), dtype, entropy, sampled  # noqa: B023
+                    lambda shape: call_rows(
+                        (*shape, vocabulary),
+                        dtype,
+                        entropy,
+                        sampled,  # noqa: B023
                     ),
                     sizes,
                     compiled,

@@ -7,4 +7,4 @@ def walk_in_small_steps():
     tuning = launch.Tuning(threads=4, per_thread=16, programs=1)
     launch.TUNING = ((2**63, tuning),)
     launch.SUPPORT_STEP = 8
-    head.WORDS, head.COLUMNS, head.IDS, head.WORDS_OF_PROGRAM = 4, 16, 4, 4
+    head.WORDS, head.COLUMNS, head.IDS = 4, 16, 4

@@ -251,8 +251,8 @@ def prepare_kernel(
             kept = tl.full([UNITS, TOKENS], -1, tl.int32)
             if token_ids is not None:
                 first, kept, size, missing = _support(
-                    token_ids, offsets, token, valid & (outside == 0), label, ids, first_word, words,
-                    steps, missing_full,
+                    token_ids, offsets, token, valid & (outside == 0), label, ids, first_word,
+                    words, steps, missing_full,
                 )  # fmt: skip
                 bad |= missing
                 here &= missing == 0
