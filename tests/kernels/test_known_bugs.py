@@ -375,7 +375,8 @@ def test_15_the_entry_from_logps_reads_the_same_mask(device):
 def test_the_public_names_are_the_contracts():
     assert set(r2vpo_kernels.__all__) == {
         "r2vpo_loss", "linear_r2vpo_loss", "r2vpo_loss_from_logps", "token_logps",
-        "linear_token_logps", "RatioStats", "VarianceConstraint", "fenchel_coef", "R2VPOOutput",
+        "linear_token_logps", "SamplingMask", "RatioStats", "VarianceConstraint", "fenchel_coef",
+        "R2VPOOutput",
     }  # fmt: skip
 
 
