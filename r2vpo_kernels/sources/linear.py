@@ -190,6 +190,9 @@ def linear_logps_backward(*arguments: Any) -> Any:
     idle = grad_logps.reshape(-1) == 0
     if with_entropy:
         idle = idle & (grad_entropy.reshape(-1) == 0)
+    if token_ids is not None:
+        # The one word of its set has all the probability.
+        idle = idle | (tokens.supports[2] == 1)
     activity = torch.where(tokens.labels < 0, 2, idle.to(torch.uint8))
     if head.sparse:
         activity = torch.where(tokens.supports[1] >= 0, 3, activity)

@@ -7,6 +7,7 @@ nothing. Each launch is made twice, as it comes and through Triton's own search 
 the driver must be asked for the same. Not in the tests' own process, where Triton interprets.
 """
 
+import functools
 import json
 import os
 import re
@@ -123,17 +124,17 @@ def rows_and_tokens(batch, length, with_groups=True, sampled=False, compact=Fals
     )  # fmt: skip
 
 
-def call_rows(shape, dtype, entropy, sampled):
+def call_rows(vocabulary, dtype, entropy, sampled, shape):
     """The launches of a plain loss or, with entropy, of one with everything; float16's two."""
-    batch, length, _ = shape
-    logits = torch.empty(shape, dtype=dtype)
-    dlogits = torch.empty(shape, dtype=dtype)
+    batch, length = shape
+    logits = torch.empty(*shape, vocabulary, dtype=dtype)
+    dlogits = torch.empty(*shape, vocabulary, dtype=dtype)
     tokens = rows_and_tokens(batch, length, sampled=sampled)
     tokens.kl = "k3" if entropy else None
     per_token = torch.zeros(batch * length)
     maybe = per_token if entropy else None
     # A number may lie anywhere, as one of several stacked losses does.
-    number = torch.zeros(shape[1] + 1)[shape[1]]
+    number = torch.zeros(length + 1)[length]
     # Rows of a chunk have an index.
     index = torch.zeros(batch * length, dtype=torch.int64) if entropy else None
     kept = (per_token, per_token, per_token, maybe)
@@ -148,7 +149,7 @@ def call_rows(shape, dtype, entropy, sampled):
         triton_backend.scale(dlogits, number)
 
 
-def call_head(shape, dtype, everything):
+def call_head(dtype, everything, shape):
     """The launches of the sparse head: a plain one, or one with all that there is."""
     batch, length = shape
     tokens = rows_and_tokens(batch, length, sampled=True, compact=True)
@@ -263,12 +264,7 @@ def main():
         for vocabulary in (151936, 50257):
             for entropy in (False, True):
                 report += compiled_by(
-                    lambda shape: call_rows(
-                        (*shape, vocabulary),
-                        dtype,
-                        entropy,
-                        sampled,  # noqa: B023
-                    ),
+                    functools.partial(call_rows, vocabulary, dtype, entropy, sampled),
                     sizes,
                     compiled,
                     target,
@@ -279,7 +275,7 @@ def main():
                 )
     for everything in (False, True):
         report += compiled_by(
-            lambda shape: call_head(shape, torch.bfloat16, everything),  # noqa: B023
+            functools.partial(call_head, torch.bfloat16, everything),
             sizes,
             compiled,
             target,
