@@ -1,6 +1,9 @@
-"""Rows of a few columns, walked by Triton's kernels in several steps."""
+"""Small vocabularies walked as large ones are: by Triton's kernels in several steps, and from hidden
+states by the sparse head where sets are small.
+"""
 
 from r2vpo_kernels.backends.triton import head, launch
+from r2vpo_kernels.sources import sparse
 
 
 def walk_in_small_steps():
@@ -8,3 +11,4 @@ def walk_in_small_steps():
     launch.TUNING = ((2**63, tuning),)
     launch.SUPPORT_STEP = 8
     head.WORDS, head.COLUMNS, head.IDS = 4, 16, 4
+    sparse.DENSE_SPEED = 4
