@@ -296,8 +296,6 @@ def exchange_shard_layout(
     mask = batch.sampling_mask
     if mask is not None:
         asked += [("token_ids", mask.token_ids), ("missing_label", mask.missing_label)]
-        if may_synchronise(mask.largest) and not torch.compiler.is_compiling():
-            asked.append(("the checksum of token_ids", mask.checksum()))
     for name, value in asked:
         if isinstance(value, Tensor):
             kind.append(f"{name} {value.dtype}")
@@ -309,6 +307,8 @@ def exchange_shard_layout(
             isinstance(value, float) and torch.compiler.is_compiling()
         ):
             kind.append(f"{name} {value}")
+    if mask is not None and may_synchronise(mask.offsets) and not torch.compiler.is_compiling():
+        shapes["checksum_of_token_ids"] = torch.Size([mask.checksum()])
     lengths = [len(shape) for shape in shapes.values()]
     flat = [n for shape in shapes.values() for n in shape]
     layout = _layout(

@@ -199,6 +199,8 @@ def check_errors(rank):
         lists = [[int(y), *more] for y in labels.reshape(-1)]
         return SamplingMask.from_lists(lists, missing_label=missing_label)
 
+    pairs = [[int(y), (int(y) + 1 + rank) % 10] for y in labels.reshape(-1)]
+    pairs = SamplingMask.from_lists(pairs)
     ones, nine, ten = sets(), *(SamplingMask.from_lists([list(range(n))] * 6) for n in (9, 10))
     other, hole, outside = labels.clone(), labels.clone(), labels.clone()
     other[1, 2] = (0, 9)[rank]  # a word of the other shard
@@ -245,8 +247,8 @@ def check_errors(rank):
         # Only together can they know.
         (lambda: loss(sampling_mask=sets(10)), "sampling_mask: got 10, expected .* from 0 to 9"),
         (lambda: loss(sampling_mask=sets(10), backend="eager"), "sampling_mask: got 10"),
-        (lambda: loss(sampling_mask=sets(10 + rank)), "the checksum of token_ids"),
-        (lambda: loss(sampling_mask=sets(2 + rank)), "the checksum of token_ids"),
+        (lambda: loss(sampling_mask=sets(10 + rank)), "checksum_of_token_ids"),
+        (lambda: loss(sampling_mask=pairs), "checksum_of_token_ids"),
         (lambda: loss(logits[..., :0]), "tp_group: got no word on any rank"),
         (lambda: linear(weight=weight[:0]), "tp_group: got no word on any rank"),
         *(
