@@ -275,11 +275,6 @@ def make_batch(hidden: Tensor, weight: Tensor) -> Task:
         make_task(F.linear(sequence, weight), VARIANCE_COEF, False, seed)
         for seed, sequence in enumerate(hidden.split(1))
     ]
-    return joined(parts)
-
-
-def joined(parts: Sequence[Task]) -> Task:
-    """Of some sequences each."""
     labels, old_logps, advantages = (
         torch.cat(tensors)
         for tensors in zip(*((x.labels, x.old_logps, x.advantages) for x in parts), strict=True)

@@ -11,7 +11,6 @@ logits. Writes sparse_head.csv and sparse_head.png into --out.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import math
 import statistics
@@ -48,6 +47,8 @@ SPARSE, DENSE = "sparse head", "dense route"
 TINY = 1e-9
 # Once in a step of the sparse head each; what else it takes is the rest.
 KERNELS = "prepare", "head_logits", "one_pass", "head_dhidden", "head_dweight", "finish"
+# Tokens that the truth takes at a time.
+PART = 64
 COLUMNS = ["sizes", "pairs", *linear.COLUMNS, "over_dense", "kernels"]
 
 
@@ -144,19 +145,20 @@ def draw_sets(kind: str, n: int, v: int, device: torch.device) -> SamplingMask:
     return SamplingMask.from_counts(words.to(device), sizes.to(device))
 
 
-# What each sequence has: hidden states (T, H); the words (U,) that are in any of its sets; which of
-# them are in each (T, U).
-Part = tuple[Tensor, Tensor, Tensor]
+# Of some tokens: which they are; their hidden states (T, H); the words (U,) that are in any of
+# their sets; which of these are in each (T, U).
+Part = tuple[slice, Tensor, Tensor, Tensor]
 
 
 def parts_of(hidden: Tensor, mask: SamplingMask) -> Iterator[Part]:
-    length = hidden.shape[1]
-    for n, x in enumerate(hidden):
-        sets = mask[n * length : (n + 1) * length]
+    """Few tokens at a time have few words: products of these take the place of dense ones."""
+    for first in range(0, len(hidden), PART):
+        rows = slice(first, min(first + PART, len(hidden)))
+        sets, x = mask[rows], hidden[rows]
         words, column = sets.token_ids.long().unique(return_inverse=True)
-        inside = torch.zeros(length, len(words), dtype=torch.bool, device=x.device)
+        inside = torch.zeros(len(x), len(words), dtype=torch.bool, device=x.device)
         inside[sets.token_of(), column] = True
-        yield x, words, inside
+        yield rows, x, words, inside
 
 
 def kept_logits(x: Tensor, head: Tensor, inside: Tensor) -> Tensor:
@@ -165,18 +167,19 @@ def kept_logits(x: Tensor, head: Tensor, inside: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_batch(hidden: Tensor, weight: Tensor, mask: SamplingMask) -> MaskedTask:
-    """As linear.make_batch, of the kept logits."""
-    tasks = []
-    for seed, (x, words, inside) in enumerate(parts_of(hidden, mask)):
+    """As parity.make_task, of the kept logits."""
+    labels, old_logps = [], []
+    for rows, x, words, inside in parts_of(hidden.flatten(0, 1), mask):
         z = kept_logits(x, weight[words], inside)
-        task = make_task(z[None], VARIANCE_COEF, False, seed)
-        tasks.append(dataclasses.replace(task, labels=words[task.labels]))
-    task = linear.joined(tasks)
+        task = make_task(z[None], VARIANCE_COEF, False, seed=rows.start)
+        labels.append(words[task.labels[0]])
+        old_logps.append(task.old_logps[0])
+    generator = torch.Generator(hidden.device).manual_seed(0)
+    advantages = torch.randn(len(hidden), generator=generator, device=hidden.device)
     tokens, words = mask.token_of(), mask.token_ids.long()
-    at_labels = words == task.labels.flatten()[tokens]
-    return MaskedTask(
-        **vars(task), mask=mask, tokens=tokens, words=words, label_pairs=at_labels.nonzero()[:, 0]
-    )
+    label_pairs = (words == torch.cat(labels)[tokens]).nonzero()[:, 0]
+    given = (torch.cat(x).view(hidden.shape[:2]) for x in (labels, old_logps))
+    return MaskedTask(*given, advantages, VARIANCE_COEF, mask, tokens, words, label_pairs)
 
 
 # Right first.
@@ -206,7 +209,8 @@ class Truth(linear.Truth):
                 self.words[name] = found[:: -(-len(found) // (SAMPLED_WORDS // 2))]
 
         logps, plain, dhidden, dlogits = [], [], [], []
-        for (x, words, inside), labels in self._parts():
+        for rows, x, words, inside in parts_of(self.hidden, task.mask):
+            labels = torch.searchsorted(words, self.labels[rows])
             head = self.weight[words]
             plain.append(plain_logps(kept_logits(x, head, inside), labels))
             logp = kept_logits(x.double(), head.double(), inside).log_softmax(-1)
@@ -217,12 +221,6 @@ class Truth(linear.Truth):
         self.logps, self.plain_logps = torch.cat(logps), torch.cat(plain)
         self.dhidden, self.dlogits = torch.cat(dhidden), self._joined(dlogits)
         self.known = {}
-
-    def _parts(self) -> Iterator[tuple[Part, Tensor]]:
-        """With the labels, as places among a part's words."""
-        hidden = self.hidden.view(*self.task.labels.shape, -1)
-        for part, labels in zip(parts_of(hidden, self.task.mask), self.task.labels, strict=True):
-            yield part, torch.searchsorted(part[1], labels)
 
     def _sampled(self, dz: Tensor, words: Tensor) -> dict[str, Tensor]:
         """The columns of the sampled words, zeros where none is of one."""
@@ -236,11 +234,10 @@ class Truth(linear.Truth):
 
     def _plain_gradients(self, slope: Tensor) -> dict[str, Tensor]:
         dhidden, dlogits = [], []
-        slopes = slope.view_as(self.task.labels)
-        for ((x, words, inside), labels), upstream in zip(self._parts(), slopes, strict=True):
-            head = self.weight[words]
+        for rows, x, words, inside in parts_of(self.hidden, self.task.mask):
+            labels, head = torch.searchsorted(words, self.labels[rows]), self.weight[words]
             z = kept_logits(x, head, inside).requires_grad_()
-            (dz,) = torch.autograd.grad(plain_logps(z, labels), z, upstream)
+            (dz,) = torch.autograd.grad(plain_logps(z, labels), z, slope[rows])
             dhidden.append(dz @ head)
             dlogits.append(self._sampled(dz, words))
         return {"dhidden": torch.cat(dhidden)} | {

@@ -136,9 +136,10 @@ def test_contenders_under_a_sampling_mask_are_right_and_recorded(tmp_path, dtype
         on_gpu = name == "triton sparse head"
         assert row["status"].startswith("no: " if on_gpu else "timed"), row
         assert row["pairs"] == "2560"
-    # The yardstick, found sequence by sequence among kept words alone, is what eager torch does.
-    slack = {"bfloat16": 0.01, "float32": 0.2}[dtype]
-    assert float(rows["eager masking"]["rms_over_eager"]) == pytest.approx(1, abs=slack)
+    # The yardstick, found a few tokens at a time among kept words alone, is what eager torch does:
+    # in float32 but for the order of its sums.
+    most = {"bfloat16": 1.01, "float32": linear.OURS[torch.float32]}[dtype]
+    assert 1 / most <= float(rows["eager masking"]["rms_over_eager"]) <= most
     row = rows["cpp sparse head"]
     assert float(row["limit_used"]) <= 1
     assert row["over_products"] and row["over_dense"] and row["commit"]
