@@ -80,7 +80,12 @@ COLUMNS = [
 # From log-probs (B, T).
 Objective = Callable[[Tensor, Task], Tensor]
 # From hidden states (B, T, H) and the head (V, H) to a loss, or to log-probs without a gradient.
-Function = Callable[[Tensor, Tensor, Task], Tensor]
+Function = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def all_logits(row: Row) -> float:
+    """Bytes of a contender that holds them all at once, and as much besides as eager torch."""
+    return SCRATCH * row["n"] * row["v"]
 
 
 # What is optimised. The one with a center of one is plain_objective.
@@ -113,7 +118,7 @@ class Contender:
     objective: what it is held to; None: the log-probs, without a gradient.
     why_not: why it cannot take these hidden states, or None.
     ours: held to OURS times plain torch's errors; others to MULTIPLE.
-    holds_logits: all of them at once, and as much besides as eager torch.
+    needs: bytes that must be free, by what its row says of the shape.
     """
 
     name: str
@@ -121,7 +126,7 @@ class Contender:
     objective: Objective | None = plain_objective
     why_not: Callable[[Tensor], str | None] = lambda hidden: None
     ours: bool = False
-    holds_logits: bool = False
+    needs: Callable[[Row], float] = lambda row: 0.0
 
 
 def three_products(hidden: Tensor, weight: Tensor, task: Task) -> Any:
@@ -248,8 +253,8 @@ def contenders() -> list[Contender]:
     """All of them, whether or not they can run here."""
     return [
         *(contender for backend in registry.TABLE for contender in ours(backend)),
-        Contender("eager", lambda: eager, holds_logits=True),
-        Contender("torch.compile", compiled, holds_logits=True),
+        Contender("eager", lambda: eager, needs=all_logits),
+        Contender("torch.compile", compiled, needs=all_logits),
         Contender("TRL chunked", trl),
         Contender("Liger chunked GRPO", lambda: liger(True), unpenalised),
         Contender("Liger, not compiled", lambda: liger(False), unpenalised),
@@ -422,7 +427,9 @@ def check(
         shares["loss"] = (value - exact.value).abs().item() / limit
         over = []
         for name, sample in truth.sample(*gradients).items():
-            over.append(_rms(sample - exact.gradients[name]) / exact.gradient_errors[name])
+            error, plain = _rms(sample - exact.gradients[name]), exact.gradient_errors[name]
+            # Where plain torch is exact, so must others be.
+            over.append(error / plain if plain else torch.inf if error else 0.0)
             # Cross-entropies are there for their times: CCE leaves small gradients out.
             if contender.objective is not cross_entropy:
                 shares[name] = over[-1] / multiple
@@ -476,8 +483,7 @@ class Entry:
 
     def make(self) -> str | None:
         """The function, or why there is none."""
-        logits = self.row["n"] * self.row["v"]
-        if self.contender.holds_logits and free_memory(self.hidden.device) < SCRATCH * logits:
+        if free_memory(self.hidden.device) < self.contender.needs(self.row):
             return "too little memory"
         reason = self.contender.why_not(self.hidden)
         if reason is not None:
@@ -507,7 +513,9 @@ class Entry:
         finally:
             self.hidden.grad = self.weight.grad = None
 
-    def time(self) -> None:
+    def time(self, warm_ups: int) -> None:
+        for _ in range(warm_ups):
+            self.step()
         results = self.step()
         self.steps.append(self.watch.laps())
         self.host.append(self.watch.host)
@@ -531,26 +539,51 @@ def cell(
     rounds: int,
 ) -> list[Row]:
     """All entrants at one shape (n, v, h)."""
-    # Code compiled for the shapes before is in no one's way.
-    torch._dynamo.reset()
+    hidden, weight = inputs(shape, dtype, device)
+    task = make_batch(hidden, weight)
+    truth = Truth(hidden, weight, task)
+    return compare({}, hidden, weight, task, truth, entrants, rounds)
+
+
+def inputs(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Hidden states and a head that logits of a standard deviation of SPREAD come from."""
     n, v, h = shape
-    base = {"n": n, "v": v, "h": h, "dtype": str(dtype).removeprefix("torch.")}
     sequences = sequences_of(n)
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.empty(sequences, n // sequences, h, dtype=dtype, device=device)
     hidden.normal_(generator=generator).requires_grad_()
     weight = torch.empty(v, h, dtype=dtype, device=device)
     weight.normal_(0, SPREAD / h**0.5, generator=generator).requires_grad_()
-    task = make_batch(hidden, weight)
-    truth = Truth(hidden, weight, task)
+    return hidden, weight
 
+
+def compare(
+    base: Row,
+    hidden: Tensor,
+    weight: Tensor,
+    task: Task,
+    truth: Truth,
+    entrants: Sequence[Contender],
+    rounds: int,
+    warm_ups: int = 0,
+) -> list[Row]:
+    """A row of each, the products first.
+
+    base: what they say besides of what was drawn. warm_ups: steps before each that is timed.
+    """
+    # Code compiled for the shapes before is in no one's way.
+    torch._dynamo.reset()
+    (v, h), n, device = weight.shape, task.labels.numel(), hidden.device
+    base = base | {"n": n, "v": v, "h": h, "dtype": str(hidden.dtype).removeprefix("torch.")}
     watch = Stopwatch(device)
     bare = hidden, weight
-    if multiplies_in_float32(hidden, dtype):
+    if multiplies_in_float32(hidden, hidden.dtype):
         bare = tuple(x.detach().float().requires_grad_() for x in bare)
     entries = [
-        Entry(contender, base | {"contender": contender.name}, *inputs, task, watch)
-        for contender, inputs in ((PRODUCTS, bare), *((x, (hidden, weight)) for x in entrants))
+        Entry(contender, base | {"contender": contender.name}, *given, task, watch)
+        for contender, given in ((PRODUCTS, bare), *((x, (hidden, weight)) for x in entrants))
     ]
     for entry in entries:
         started = time.perf_counter()
@@ -563,7 +596,7 @@ def cell(
     for _ in range(rounds):
         for entry in entries:
             if entry.runs:
-                entry.attempt(entry.time)
+                entry.attempt(entry.time, warm_ups)
     for entry in entries:
         if entry.runs:
             entry.row |= timed(entry.steps)
@@ -586,25 +619,31 @@ def is_ours(contender: Contender) -> bool:
     return contender.ours and contender.objective is plain_objective
 
 
+def title(row: Row) -> str:
+    """Of the cell that it is in."""
+    sets = f", sets: {row['sizes']}" if "sizes" in row else ""
+    return f"{row['n']} tokens, vocabulary {row['v']}, width {row['h']}, {row['dtype']}{sets}"
+
+
 def show(rows: list[Row]) -> None:
     """A table of one cell."""
-    first = rows[0]
     print(
-        f"\n{first['n']} tokens, vocabulary {first['v']}, width {first['h']}, {first['dtype']}\n"
-        f"{'':24}{TIMES}{'peak MB':>9}{'products':>10}{'ours':>7}  {'limit':>6} {'eager':>5}"
+        f"\n{title(rows[0])}\n"
+        f"{'':24}{TIMES}{'peak MB':>9}{'products':>10}{'ours':>8}  {'limit':>6} {'eager':>5}"
     )
 
-    def number(row: Row, name: str, width: int, digits: int, unit: float = 1.0) -> str:
-        return f"{row[name] / unit:{width}.{digits}f}" if name in row else " " * width
+    def number(row: Row, name: str, form: str, unit: float = 1.0) -> str:
+        width = int(form.partition(".")[0])
+        return f"{row[name] / unit:{form}}" if name in row else " " * width
 
     for row in rows:
         if row["status"] != "timed":
             print(f"{row['contender']:24}  {row['status']}")
             continue
         print(
-            f"{row['contender']:24}{times_text(row)}{number(row, 'scratch_bytes', 9, 0, 1e6)}"
-            f"{number(row, 'over_products', 10, 2)}{number(row, 'over_ours', 7, 2)}"
-            f"  {number(row, 'limit_used', 6, 2)} {number(row, 'rms_over_eager', 5, 2)}"
+            f"{row['contender']:24}{times_text(row)}{number(row, 'scratch_bytes', '9.0f', 1e6)}"
+            f"{number(row, 'over_products', '10.3g')}{number(row, 'over_ours', '8.3g')}"
+            f"  {number(row, 'limit_used', '6.2f')} {number(row, 'rms_over_eager', '5.2f')}"
         )
 
 
@@ -623,28 +662,29 @@ def plot(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
     """Two panels for each shape: milliseconds against the products, memory against the logits."""
     from matplotlib.figure import Figure
 
-    cells: dict[tuple[int, int, int, str], list[Row]] = {}
+    cells: dict[str, list[Row]] = {}
     for row in rows:
         if "over_products" in row and row["contender"] != PRODUCTS.name:
-            cells.setdefault((row["n"], row["v"], row["h"], row["dtype"]), []).append(row)
+            cells.setdefault(title(row), []).append(row)
     if not cells:
         return
     bars = max(map(len, cells.values()))
     size = 13, 0.8 + len(cells) * (0.9 + 0.28 * bars)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(cells), 2, sharey="row", squeeze=False)
-    for ((n, v, h, dtype), shown), (left, right) in zip(cells.items(), panels, strict=True):
+    for (name, shown), (left, right) in zip(cells.items(), panels, strict=True):
         times = {r["contender"]: (r["both_ms"], r["both_iqr_ms"]) for r in shown}
         products = shown[0]["both_ms"] / shown[0]["over_products"]
         draw_bars(left, times, products, "three products")
-        left.set_title(f"{n} tokens, vocabulary {v}, width {h}, {dtype}: ms")
+        left.set_title(f"{name}: ms")
         memory = {
             # A logarithm takes no 0.
             r["contender"]: (max(1.0, r["scratch_bytes"] / 1e6), 0.0)
             for r in shown
             if "scratch_bytes" in r
         }
-        logits = n * v * getattr(torch, dtype).itemsize / 1e6
+        first = shown[0]
+        logits = first["n"] * first["v"] * getattr(torch, first["dtype"]).itemsize / 1e6
         draw_bars(right, memory, logits, "the logits")
         right.set_title("peak memory, MB")
     panels[-1, 0].set_xlabel(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from r2vpo_kernels import r2vpo_loss
+from r2vpo_kernels.backends import registry
 
 ROOT = next(path for path in Path(__file__).parents if (path / "pyproject.toml").exists())
 BENCHMARKS = ROOT / "benchmarks"
@@ -23,6 +24,7 @@ import linear  # noqa: E402
 import loss  # noqa: E402
 import measure  # noqa: E402
 import overhead  # noqa: E402
+import sparse_head  # noqa: E402
 from from_tests import count_launches  # noqa: E402
 from routes import ROUTES, StandIn, draw  # noqa: E402
 
@@ -114,6 +116,83 @@ def test_a_linear_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, fa
     code, rows = run_linear(tmp_path, "float32", right.name)
     assert code == 1
     assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
+
+
+SPARSE = ["cpp sparse head", "cpp dense route"]
+
+
+def run_sparse_head(folder, *names, arguments=()):
+    arguments = ["--h", "16", "--n", "64", *arguments]
+    return run(folder, *names, benchmark=sparse_head, arguments=arguments)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_contenders_under_a_sampling_mask_are_right_and_recorded(tmp_path, dtype):
+    names = [*SPARSE, "eager masking", "gather and index_add", "triton sparse head"]
+    code, rows = run_sparse_head(tmp_path, *names, arguments=["--dtype", dtype, "--sizes", "40"])
+    assert code == 0
+    assert rows.keys() == {"three products", *names}
+    for name, row in rows.items():
+        on_gpu = name == "triton sparse head"
+        assert row["status"].startswith("no: " if on_gpu else "timed"), row
+        assert row["pairs"] == "2560"
+    # The yardstick, found a few tokens at a time among kept words alone, is what eager torch does:
+    # in float32 but for the order of its sums.
+    most = {"bfloat16": 1.01, "float32": linear.OURS[torch.float32]}[dtype]
+    assert 1 / most <= float(rows["eager masking"]["rms_over_eager"]) <= most
+    row = rows["cpp sparse head"]
+    assert float(row["limit_used"]) <= 1
+    assert row["over_products"] and row["over_dense"] and row["commit"]
+    assert all(f"{kernel} " in row["kernels"] for kernel in sparse_head.KERNELS)
+    assert (tmp_path / "sparse_head.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("fault", [*WRONG, "a gradient of words in no set"])
+def test_a_contender_under_a_sampling_mask_that_is_wrong_is_not_timed(tmp_path, monkeypatch, fault):
+    right = sparse_head.ours("cpp")[0]
+
+    def make():
+        function = right.make()
+
+        def wrong(hidden, weight, task):
+            value = function(hidden, weight, task)
+            # Sums of rows beside which no error in the others would show.
+            leak = 1e-9 * weight.sum()
+            return WRONG[fault](value) if fault in WRONG else value + leak - leak.detach()
+
+        return wrong
+
+    wrong = [dataclasses.replace(right, make=make)]
+    monkeypatch.setattr(sparse_head, "contenders", lambda: wrong)
+    arguments = ["--dtype", "float32", "--sizes", "2"]
+    code, rows = run_sparse_head(tmp_path, right.name, arguments=arguments)
+    assert code == 1
+    assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
+
+
+def test_both_routes_are_taken_whatever_the_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry.load("cpp"), "head_logits", None)
+    for size in "4", "400":
+        code, rows = run_sparse_head(tmp_path, *SPARSE, arguments=["--sizes", size])
+        assert code == 1
+        assert rows["cpp sparse head"]["status"].startswith("failed: ")
+        assert rows["cpp dense route"]["status"] == "timed"
+
+
+def test_sets_are_drawn_as_in_rollouts():
+    sizes = sparse_head.draw_sets("drawn", 1024, 151936, torch.device("cpu")).offsets.diff()
+    quantiles = sizes.double().quantile(torch.tensor([0.47, 0.5, 0.99], dtype=torch.float64))
+    assert quantiles.tolist() == pytest.approx([1, 2, 82], abs=1)
+    assert sizes.double().mean().item() == pytest.approx(8, abs=0.1)
+    # SamplingMask raises where a set has a word twice.
+    everything = sparse_head.draw_sets("40", 3, 40, torch.device("cpu"))
+    assert everything.token_ids.view(3, 40).equal(torch.arange(40).int().expand(3, 40))
+    assert sparse_head.draw_sets("39", 3, 40, torch.device("cpu")).token_ids.max() < 40
+
+
+def test_routes_cross_where_their_times_are_the_same():
+    assert sparse_head.crossing([(400, 4.0), (100, 0.25), (50, 0.1)]) == pytest.approx(200)
+    assert sparse_head.crossing([(50, 0.1), (100, 0.25)]) is None
 
 
 def test_in_place_allocates_nothing_as_large_as_the_logits():
