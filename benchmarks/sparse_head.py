@@ -78,12 +78,7 @@ def ours(backend: str) -> list[Contender]:
 
         return Contender(f"{backend} {name}", lambda: loss, why_not=why_not, ours=True)
 
-    def why_not(hidden: Tensor) -> str | None:
-        reason = linear.ours(backend)[0].why_not(hidden)
-        if reason is None and not sparse.can_serve(backend, True):
-            return "it has no sparse head"
-        return reason
-
+    why_not = linear.ours(backend)[0].why_not
     return [route(SPARSE, TINY), route(DENSE, math.inf)]
 
 
