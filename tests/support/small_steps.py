@@ -1,5 +1,5 @@
-"""Small vocabularies walked as large ones are: by Triton's kernels in several steps, and from hidden
-states by the sparse head where sets are small.
+"""Small vocabularies walked as large ones are: by Triton in several steps, and from hidden states
+by the sparse head where sets are small.
 """
 
 from r2vpo_kernels.backends.triton import head, launch
