@@ -43,6 +43,7 @@ bench: $(VENV)/ready
 # Beside the peers that are installed (benchmarks/requirements.txt).
 bench-linear: $(VENV)/ready
 	$(RUN) benchmarks/linear.py
+	$(RUN) benchmarks/sparse_head.py
 
 # All parts in order, or one alone. Each ends within eight minutes and writes as it goes, into
 # benchmarks/out/gpu or as GPU_FLAGS="--out FOLDER" says. With the torch that is there, if any: that

@@ -538,8 +538,8 @@ PARTS = {
 def check_imports() -> int:
     """Without a GPU: everything that would run, as far as it goes. 1 if something does not."""
     for name in (
-        "measure", "contenders", "parity", "loss", "linear", "routes", "overhead", "tune",
-        "gpu_work",
+        "measure", "contenders", "parity", "loss", "linear", "sparse_head", "routes", "overhead",
+        "tune", "gpu_work",
     ):  # fmt: skip
         importlib.import_module(name)
         print(f"imports: benchmarks/{name}.py")
