@@ -62,6 +62,14 @@ def test_the_label_is_read_before_a_barrier(report):
             assert k["label_first"], name(k)
 
 
+def test_threads_wait_for_each_other_in_rows_with_a_support(report):
+    """Each reads values that others gathered, and puts a gradient where others wrote a zero."""
+    kernels, _ = report
+    for k in row_kernels(kernels, sampled=True):
+        assert k["gather_waits"], name(k)
+        assert k["scatter_waits"] or k["kernel"] == "logps_forward_kernel", name(k)
+
+
 # How often a kernel looks at a row, and how many numbers per token it may load and store.
 LOOKS = {
     "logps_forward_kernel": (1, 3, 4),

@@ -79,6 +79,10 @@ def resources(kernel, target) -> dict:
         text = kernel.asm["ptx"]
         label, store = text.find("ld.global.b16"), text.find("st.global.cs.v4")
         label_first = 0 <= label < store and "bar.sync" in text[label:store]
+        # Of a row with a support in bfloat16: a logit goes into values, a gradient out of them.
+        order = " ".join(re.findall(r"(?:ld|st)\.global[\w.]*|bar\.sync", text))
+        gather_waits = "ld.global.b16 st.global.b32 bar.sync" in order
+        scatter_waits = "bar.sync ld.global.b32 ld.global.b32 st.global.b16" in order
     else:
         assembly = kernel.asm["amdgcn"]
         number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # noqa: E731
@@ -92,7 +96,7 @@ def resources(kernel, target) -> dict:
             sorted(sizes[name] for kind, name in found if kind == which)
             for which in ("load", "store")
         )
-        loses_nan, label_first = [], True
+        loses_nan, label_first, gather_waits, scatter_waits = [], True, True, True
     return {
         "kernel": kernel.name,
         "registers": registers,
@@ -103,6 +107,8 @@ def resources(kernel, target) -> dict:
         "stores": stores,
         "loses_nan": loses_nan,
         "label_first": label_first,
+        "gather_waits": gather_waits,
+        "scatter_waits": scatter_waits,
     }
 
 

@@ -195,6 +195,9 @@ def prepare_kernel(
         if cu_seqlens is not None:
             begin = tl.load(cu_seqlens + unit, mask=known, other=0).to(tl.int64)
             end = tl.load(cu_seqlens + unit + 1, mask=known, other=0).to(tl.int64)
+            # Wrong offsets leave no token out either: row kernels go where its support says.
+            begin = tl.where(unit == 0, 0, begin)
+            end = tl.where(unit == units - 1, tokens, end)
         else:
             begin = unit * unit_length
             end = begin + unit_length

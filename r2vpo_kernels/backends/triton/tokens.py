@@ -253,7 +253,7 @@ def _extreme(scratch, ROW: tl.constexpr, absent, MOST: tl.constexpr):
 
 
 @triton.jit
-def _store_metrics(metrics, scratch, MOST: tl.constexpr):
+def _store_metrics(metrics, scratch, SUPPORT: tl.constexpr, MOST: tl.constexpr):
     valid = _total(scratch, 0, MOST)
     count = tl.maximum(valid, 1.0)
     d_mean = _total(scratch, 1, MOST) / count
@@ -276,9 +276,14 @@ def _store_metrics(metrics, scratch, MOST: tl.constexpr):
     tl.store(metrics + 8, _total(scratch, 6, MOST).to(tl.float32))
     tl.store(metrics + 9, (_total(scratch, 7, MOST) / count).to(tl.float32))
     tl.store(metrics + 10, (_total(scratch, 8, MOST) / count).to(tl.float32))
-    tl.store(metrics + 11, (_total(scratch, 12, MOST) / count).to(tl.float32))
-    sets = tl.maximum(_total(scratch, 13, MOST), 1.0)
-    tl.store(metrics + 12, (_total(scratch, 14, MOST) / sets).to(tl.float32))
+    single = 0.0
+    size = 0.0
+    if SUPPORT:
+        single = (_total(scratch, 12, MOST) / count).to(tl.float32)
+        sets = tl.maximum(_total(scratch, 13, MOST), 1.0)
+        size = (_total(scratch, 14, MOST) / sets).to(tl.float32)
+    tl.store(metrics + 11, single)
+    tl.store(metrics + 12, size)
 
 
 @launch.Kernel
@@ -437,11 +442,12 @@ def finish_kernel(
     tl.store(totals + 9 * programs, tl.sum(loss_total))
     tl.store(totals + 10 * programs, tl.reduce(lowest, None, nan_minimum).to(tl.float64))
     tl.store(totals + 11 * programs, tl.reduce(highest, None, nan_maximum).to(tl.float64))
-    tl.store(totals + 12 * programs, tl.sum(single_count).to(tl.float64))
-    tl.store(totals + 13 * programs, tl.sum(set_count).to(tl.float64))
-    tl.store(totals + 14 * programs, tl.sum(word_count).to(tl.float64))
+    if SUPPORT:
+        tl.store(totals + 12 * programs, tl.sum(single_count).to(tl.float64))
+        tl.store(totals + 13 * programs, tl.sum(set_count).to(tl.float64))
+        tl.store(totals + 14 * programs, tl.sum(word_count).to(tl.float64))
     if _is_last(workspace, 1):
-        _store_metrics(metrics, scratch, MOST)
+        _store_metrics(metrics, scratch, SUPPORT, MOST)
         if not PER_TOKEN:
             tl.store(loss, _total(scratch, 9, MOST).to(tl.float32))
         sums = moments + units * FINISH_MOMENTS
