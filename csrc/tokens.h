@@ -124,8 +124,12 @@ R2VPO_TOKEN Unit unit_of(const Prepare& p, std::int64_t u) {
   const std::int64_t count = p.tokens.count;
   Unit unit;
   if (p.cu_seqlens.data) {
-    unit.begin = between(at<std::int64_t>(p.cu_seqlens, u, 0), 0, count);
-    unit.end = between(at<std::int64_t>(p.cu_seqlens, u + 1, 0), unit.begin, count);
+    // Wrong offsets leave no token out either: row kernels go where its support says.
+    const std::int64_t begin = u == 0 ? 0 : at<std::int64_t>(p.cu_seqlens, u, 0);
+    const std::int64_t end =
+        u == p.tokens.units - 1 ? count : at<std::int64_t>(p.cu_seqlens, u + 1, 0);
+    unit.begin = between(begin, 0, count);
+    unit.end = between(end, unit.begin, count);
   } else {
     unit.begin = between(u * p.unit_length, 0, count);
     unit.end = between(unit.begin + p.unit_length, unit.begin, count);

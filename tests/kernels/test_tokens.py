@@ -504,9 +504,10 @@ def test_bad_offsets_are_a_fault_and_nan(backend, offsets):
     c = call(Layout.packed(lengths), sequence_level=True)
     assert c.prepare.cu_seqlens is not None
     c.prepare.cu_seqlens.copy_(torch.tensor(offsets))
-    # Tokens of no unit keep what they had.
-    c.tokens.labels.fill_(-1)
+    c.tokens.labels.fill_(-7)
     backend.prepare(c.prepare)
+    # Each is in some unit: what the row kernels read of it is written.
+    assert (c.tokens.labels != -7).all()
     assert faults(c.tokens)
     assert c.tokens.workspace[3].isnan()
     assert run_finish(backend, c, run_means(backend, c), False)["loss"].isnan()
