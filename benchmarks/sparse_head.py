@@ -70,7 +70,7 @@ def ours(backend: str) -> list[Contender]:
         def loss(hidden: Tensor, weight: Tensor, task: MaskedTask) -> Tensor:
             # Each batch has sets of its own, which nobody has yet put in the order of words.
             mask = SamplingMask.of(*task.mask.tensors(), task.mask.missing_label)
-            with patch.object(sparse, "DENSE_SPEED", dense_speed):
+            with patch.object(sparse, "DENSE_SPEED", {"elsewhere": dense_speed}):
                 return linear_r2vpo_loss(
                     hidden, weight, task.labels, task.old_logps, task.advantages,
                     variance_coef=task.variance_coef, sampling_mask=mask, backend=backend,

@@ -48,7 +48,9 @@ class VarianceConstraint:
     λ it was computed with, so `step` may come before `backward`. With `device` given, nothing here
     waits for the device. What settles at the target is the mean over steps of min(v, 2·target): as
     λ falls no faster than it rises, the mean of v itself settles above it, where v varies from step
-    to step. It does where a batch of rollouts serves several, with v = 0 at the first.
+    to step. It does where a batch of rollouts serves several, with v = 0 at the first. Under a
+    sampling mask a token whose set has one word counts, with ρ = 1 whatever the policy does:
+    docs/sampling_masks.md has what a target for the others comes to.
 
     Raises: ValueError for an unknown center, a negative number, a target or min_coef that is not
     above 0, or bounds that cross.

@@ -139,7 +139,8 @@ def r2vpo_loss(
         ignore_index: labels of this value are masked too.
         sampling_mask: the words that each token was sampled from, by top-k, top-p or min-p, in the
             order of the flattened labels: log-probs, entropy and gradients are those of the policy
-            renormalised over them, and old_logps and ref_logps must be too. docs/sampling_masks.md.
+            renormalised over them, and old_logps and ref_logps must be too. With DTensors it is
+            that of this rank's tokens. docs/sampling_masks.md.
         reduction: w, over valid tokens. "token-mean": 1 / tokens; "seq-mean-token-mean":
             1 / sequences / the sequence's tokens; "seq-mean-token-sum": 1 / sequences;
             "seq-mean-token-sum-norm": 1 / sequences / T; "none": 1, one loss per token. Sequences

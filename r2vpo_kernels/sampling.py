@@ -37,7 +37,7 @@ class SamplingMask:
         token_ids: (M,) integers ≥ 0, one set after another, in any order within a set, none twice.
         offsets: (N + 1,) integers that rise from 0 to M: the set of token i, in the order of the
             flattened labels, is token_ids[offsets[i] : offsets[i + 1]]. Masked tokens have sets
-            too, which are not read; an empty one does.
+            too, empty or not, which count for nothing.
         missing_label: what becomes of a token whose label is not in its set: "error", or "full",
             the full vocabulary.
 

@@ -434,7 +434,8 @@ class LinearLogits:
         return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
 
     def _is_sparse(self, batch: Batch) -> bool:
-        return is_worthwhile(batch.sampling_mask, batch.tokens, self.vocabulary, self.compact)
+        mask = batch.sampling_mask
+        return is_worthwhile(mask, self.hidden, self.vocabulary, self.compact)
 
     def of_shard(self, shard: VocabularyShard) -> LinearLogits:
         if shard.words or self.backend == "eager":

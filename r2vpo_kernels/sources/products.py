@@ -25,7 +25,7 @@ TILE = {"cpu": 2**21, "elsewhere": 2**25}
 SIDE, ALIGNED = 1024, 64
 
 
-def _of_device(table, x):
+def of_device(table, x):
     return table.get(x.device.type, table["elsewhere"])
 
 
@@ -38,7 +38,7 @@ def _balanced(begin, end, most, multiple=1):
 
 def _blocks(rows: int, width: int, x: Tensor) -> list[slice]:
     """Slices of rows of `width` elements, a tile each."""
-    return _balanced(0, rows, max(1, _of_device(TILE, x) // width))
+    return _balanced(0, rows, max(1, of_device(TILE, x) // width))
 
 
 # How a processor multiplies matrices: out = scale·(a @ b + bias), or `add` to a float32 out.
@@ -194,7 +194,7 @@ class Products:
         # A gradient passes a softcap by its slope, which takes a buffer too.
         buffers = 2 if softcap is not None and any(wanted) else 1
         token = buffers * weight.shape[0] * dtype.itemsize
-        budget = _of_device(CHUNK_BYTES, hidden)
+        budget = of_device(CHUNK_BYTES, hidden)
         # One chunk saves the float32 accumulator, unless the gradient is one itself.
         saved = 4 * weight.numel() if wanted[1] and weight.dtype != torch.float32 else 0
         tokens = hidden.shape[0]

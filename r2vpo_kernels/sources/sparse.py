@@ -10,21 +10,25 @@ from torch import Tensor
 
 from ..backends.calls import Tokens
 from ..sampling import SamplingMask, token_of_each
-from .products import Products
+from .products import Products, of_device
 
-# On a CPU the product of a token and a word takes so many times as long where it is formed alone
-# (benchmarks/sparse_head.py): sets that have a larger share of the vocabulary take dense products.
-DENSE_SPEED = 64
+# The product of a token and a word takes so many times as long where it is formed alone: sets that
+# have a larger share of the vocabulary take dense products. Measured on a CPU by
+# benchmarks/sparse_head.py; on a GPU by the bytes that both move, not measured.
+DENSE_SPEED: dict[str, float] = {"cpu": 64, "elsewhere": 512}
 
 
-def is_worthwhile(mask: SamplingMask | None, tokens: int, vocabulary: int, compact: bool) -> bool:
+def is_worthwhile(
+    mask: SamplingMask | None, hidden: Tensor, vocabulary: int, compact: bool
+) -> bool:
     """Whether tokens that have a support are better left to the sparse head.
 
     Which tokens have none is found together with those that are masked, by `compact`.
     """
     if mask is None or not compact:
         return False
-    return 0 < mask.token_ids.shape[0] * DENSE_SPEED <= tokens * vocabulary
+    ids, logits = mask.token_ids.shape[0], hidden.shape[0] * vocabulary
+    return 0 < ids * of_device(DENSE_SPEED, hidden) <= logits
 
 
 class SparseHead:

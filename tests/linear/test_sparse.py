@@ -22,7 +22,7 @@ KINDS = ("single", "small", "some empty", "some missing")
 def always(kernels):
     """The backend, whose sparse head takes every set, however large."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "DENSE_SPEED", 1e-9)
+        patch.setattr(sparse, "DENSE_SPEED", {"elsewhere": 1e-9})
         yield kernels
 
 
@@ -82,7 +82,7 @@ def test_logits_of_a_half_head_are_float32(always, device, dtype):
 def test_it_agrees_with_dense_products(always, device, center, monkeypatch):
     leaves, labels, keywords = draw(device, kind="some empty")
     out, found = gradients(leaves, labels, keywords, always, center=center)
-    monkeypatch.setattr(sparse, "DENSE_SPEED", 1e9)
+    monkeypatch.setattr(sparse, "DENSE_SPEED", {"elsewhere": 1e9})
     dense, expected = gradients(leaves, labels, keywords, always, center=center)
     torch.testing.assert_close(out.logps, dense.logps, rtol=1e-5, atol=1e-5)
     for x, y in zip(found, expected, strict=True):
@@ -248,16 +248,17 @@ def test_fullgraph_and_any_number_of_ids(always, device):
 
 def test_large_sets_take_dense_products(monkeypatch):
     """By their mean size, as documented; without `compact` nobody knows which tokens are dense."""
-    monkeypatch.setattr(sparse, "DENSE_SPEED", 64)
+    monkeypatch.setattr(sparse, "DENSE_SPEED", {"cpu": 64})
     tokens, vocabulary = 10, 100 * 64
+    hidden = torch.zeros(tokens, 3)
 
     def worthwhile(size, compact=True):
         mask = SamplingMask.from_counts(
             torch.arange(size).repeat(tokens), torch.full((tokens,), size)
         )
-        return sparse.is_worthwhile(mask, tokens, vocabulary, compact)
+        return sparse.is_worthwhile(mask, hidden, vocabulary, compact)
 
     assert worthwhile(100) and not worthwhile(101)
     assert not worthwhile(0)
     assert not worthwhile(100, compact=False)
-    assert not sparse.is_worthwhile(None, tokens, vocabulary, True)
+    assert not sparse.is_worthwhile(None, hidden, vocabulary, True)

@@ -11,4 +11,4 @@ def walk_in_small_steps():
     launch.TUNING = ((2**63, tuning),)
     launch.SUPPORT_STEP = 8
     head.WORDS, head.COLUMNS, head.IDS = 4, 16, 4
-    sparse.DENSE_SPEED = 4
+    sparse.DENSE_SPEED["cpu"] = 4
