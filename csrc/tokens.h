@@ -192,10 +192,17 @@ struct TokenSupport {
   std::int64_t begin, count, size;
 };
 
+// Sets that are wrong, or of another vocabulary.
+R2VPO_TOKEN bool bad_sets(const SamplingMask& mask) {
+  return mask.largest && *mask.largest >= mask.vocabulary;
+}
+
 // Of token i with this label; whether the label is not in the set, where it must be.
 R2VPO_TOKEN TokenSupport support_of(const Prepare& p, std::int64_t i, std::int64_t label,
                                     bool& missing) {
   const SamplingMask& mask = p.sampling_mask;
+  missing = bad_sets(mask);
+  if (missing) return {0, 0, 0};
   const std::int64_t begin = between(mask.offsets[i], 0, mask.count);
   const std::int64_t end = between(mask.offsets[i + 1], begin, mask.count);
   const std::int64_t at = first_at_least(mask.token_ids, begin, end, label);
@@ -286,9 +293,8 @@ R2VPO_TOKEN bool write_token(const Prepare& p, const Numbers& numbers, std::int6
 R2VPO_TOKEN bool write_numbers(const Prepare& p, const Numbers& numbers, bool bad_offsets) {
   float factor = numbers.factor;
   if (p.normalizer.data) factor = at<float>(p.normalizer, 0, 0);
-  const SamplingMask& mask = p.sampling_mask;
-  const bool bad_words = mask.largest && *mask.largest >= mask.vocabulary;
-  const bool bad = bad_offsets || bad_words || (p.normalizer.data && !(factor >= 0.0f));
+  const bool bad = bad_offsets || bad_sets(p.sampling_mask) ||
+                   (p.normalizer.data && !(factor >= 0.0f));
   float* const to = p.tokens.workspace;
   to[0] = numbers.log_ratio_clamp;
   to[1] = numbers.kl_coef;

@@ -89,7 +89,10 @@ def prepare(given):
         result.factor = f32(given.normalizer)
         if not result.factor >= 0:
             result.factor, result.fault = math.nan, True
-    if given.sets and max(map(max, filter(None, given.sets)), default=-1) >= given.all_words:
+    bad_sets = bool(given.sets) and (
+        max(map(max, filter(None, given.sets)), default=-1) >= given.all_words
+    )
+    if bad_sets:
         result.factor, result.fault = math.nan, True
     for unit, group in zip(given.units, given.group_of_unit, strict=True):
         valid = {
@@ -112,6 +115,8 @@ def prepare(given):
                 found = True
                 if given.sets is not None and label_in_range:
                     result.supports[i], found = support(given, i, label)
+                    if bad_sets:
+                        result.supports[i], found = (0, 0, 0), False
                     if not found:
                         row["label"] = given.words
                 row["temperature"] = f32(value("temperature", i, given.temperature))

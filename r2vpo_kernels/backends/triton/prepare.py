@@ -102,9 +102,10 @@ def _first_at_least(token_ids, low, high, word, steps):
 
 @triton.jit
 def _support(
-    token_ids, offsets, token, valid, label, ids, first_word, words, steps, missing_full
+    token_ids, offsets, bad_sets, token, valid, label, ids, first_word, words, steps, missing_full
 ):  # fmt: skip
     """K of Eq. 1 of valid tokens: (begin, count, size, whether the label is missing)."""
+    ids = tl.where(bad_sets, 0, ids)
     begin = tl.load(offsets + token, mask=valid, other=0)
     end = tl.load(offsets + token + 1, mask=valid, other=0)
     begin = tl.minimum(tl.maximum(begin, 0), ids)
@@ -112,6 +113,7 @@ def _support(
     at = _first_at_least(token_ids, begin, end, label, steps)
     found = tl.load(token_ids + at, mask=at < end, other=-1).to(tl.int64) == label
     full = (begin == end) | ((found == 0) & (missing_full != 0))
+    full = (full & (bad_sets == 0)) | (valid == 0)
     first = _first_at_least(token_ids, begin, end, first_word, steps)
     past = _first_at_least(token_ids, begin, end, first_word + words, steps)
     missing = valid & (full == 0) & (found == 0)
@@ -125,13 +127,9 @@ def _support(
 
 @triton.jit
 def _store_numbers(
-    workspace, cu_seqlens, normalizer, largest, tokens, units, sampling_vocabulary, factor, kl_coef,
-    entropy_coef, clamp,
+    workspace, cu_seqlens, normalizer, tokens, units, bad, factor, kl_coef, entropy_coef, clamp
 ):  # fmt: skip
-    """What is one for the whole batch; returns whether it is bad."""
-    bad = False
-    if largest is not None:
-        bad = tl.load(largest) >= sampling_vocabulary
+    """What is one for the whole batch; returns whether it, or what is given, is bad."""
     if normalizer is not None:
         given = tl.load(normalizer).to(tl.float32)
         bad |= (given >= 0) == 0
@@ -187,6 +185,9 @@ def prepare_kernel(
         kl_coef = tl.load(numbers + 3)
         entropy_coef = tl.load(numbers + 4)
         log_ratio_clamp = tl.load(numbers + 5)
+    bad_sets = False
+    if largest is not None:
+        bad_sets = tl.load(largest) >= sampling_vocabulary
     bad_tile = tl.zeros([UNITS, TOKENS], tl.int32)
     counted = tl.zeros([UNITS, 1], tl.int32)
     for tile in range(program, tl.cdiv(units, UNITS), tl.num_programs(0)):
@@ -254,8 +255,8 @@ def prepare_kernel(
             kept = tl.full([UNITS, TOKENS], -1, tl.int32)
             if token_ids is not None:
                 first, kept, size, missing = _support(
-                    token_ids, offsets, token, valid & (outside == 0), label, ids, first_word,
-                    words, steps, missing_full,
+                    token_ids, offsets, bad_sets, token, valid & (outside == 0), label, ids,
+                    first_word, words, steps, missing_full,
                 )  # fmt: skip
                 bad |= missing
                 here &= missing == 0
@@ -334,8 +335,8 @@ def prepare_kernel(
     fault = tl.max(bad_tile) > 0
     if program == 0:
         fault |= _store_numbers(
-            workspace, cu_seqlens, normalizer, largest, tokens, units, sampling_vocabulary, factor,
-            kl_coef, entropy_coef, log_ratio_clamp,
+            workspace, cu_seqlens, normalizer, tokens, units, bad_sets, factor, kl_coef,
+            entropy_coef, log_ratio_clamp,
         )  # fmt: skip
     tl.store(workspace + FAULTS + program, fault.to(tl.float32))
 
