@@ -210,13 +210,13 @@ class Tokens:
         support, mask = None, batch.sampling_mask
         if mask is not None:
             words = vocabulary if whole is None else whole
+            fits = mask.largest < words
             expected = f"token_ids from 0 to {words - 1}"
-            one = check(one, mask.largest < words, mask.largest, "sampling_mask", expected)
+            one = check(one, fits, mask.largest, "sampling_mask", expected)
             support, missing = Support.of(mask, labels)
             expected = "each in the token's set of sampling_mask, or its missing_label='full'"
-            labels = torch.where(
-                missing, vocabulary, check(labels, ~missing, labels, "labels", expected)
-            )
+            labels = check(labels, ~missing, labels, "labels", expected)
+            labels = torch.where(missing | (~fits & valid), vocabulary, labels)
         one, sequences = _sequences(batch, one)
         unscaled_weight, groups = _groups(batch, valid, one, sequences)
         token_weight = torch.where(valid, unscaled_weight, 0.0)

@@ -349,3 +349,5 @@ def test_where_nobody_looks_wrong_sets_make_all_calls_nan(name, backend, device,
             backend=backend,
         )  # fmt: skip
         assert out.loss.isnan()
+        logps = token_logps(logits, labels.to(device), sampling_mask=mask, backend=backend)
+        assert logps.isnan().all()
