@@ -5,18 +5,22 @@ RUN = $(VENV)/bin/python
 
 GPU_PARTS = gpu-parity gpu-launches gpu-bench gpu-memory gpu-tune
 
-.PHONY: test test-triton test-others test-avx2 demo study bench bench-linear gpu $(GPU_PARTS) sanitize \
+.PHONY: test test-triton test-triton-others test-others test-avx2 demo study bench bench-linear gpu $(GPU_PARTS) sanitize \
 	lint clean
 
-# On two cores, without threads that wait for each other's: what Triton's interpreter runs, and
-# everything else. MAKEFLAGS would tell a build within a test of job slots that it cannot have.
+# On two cores, without threads that wait for each other's: what Triton's interpreter runs, which is
+# slow, and everything else. MAKEFLAGS would tell a build within a test of job slots that it cannot have.
 HALF = MAKEFLAGS= OMP_NUM_THREADS=1 $(RUN) -m pytest
 test: $(VENV)/ready
-	@echo "two halves and a part once more, each shown when it is done: ten minutes"
-	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others test-avx2
+	@echo "three parts and one once more, two at a time, each shown when it is done: twenty minutes"
+	$(MAKE) --no-print-directory --jobs 2 --output-sync \
+		test-others test-triton test-triton-others test-avx2
 
 test-triton: $(VENV)/ready
-	$(HALF) -k triton
+	R2VPO_TEST_EXAMPLES=10 $(HALF) tests/kernels -k triton
+
+test-triton-others: $(VENV)/ready
+	R2VPO_TEST_EXAMPLES=10 $(HALF) --ignore tests/kernels -k triton
 
 test-others: $(VENV)/ready
 	$(HALF) -k "not triton"

@@ -151,6 +151,8 @@ def test_the_same_as_from_the_logits(kernels, device, halves, dtype):
 @pytest.mark.parametrize("kind", ["single", "small", "some empty", "some missing"])
 def test_sets_give_the_same_as_from_the_logits(kernels, device, halves, dtype, kind):
     """As above, with a sampling mask: whatever the chunks and the compaction."""
+    if kernels != "cpp" and halves == "float32":
+        pytest.skip("the products are torch's, whoever computes the rows")
     hidden, _, labels, _, advantages = draw(device)
     leaf = ((8 * hidden).round() / 8).to(dtype).requires_grad_()
     weight = torch.eye(V, H, device=device, dtype=dtype)
