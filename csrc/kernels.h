@@ -69,7 +69,9 @@ struct Tokens {
 
   // Written with a sampling mask alone. The first of the token's ids that are words of these logits,
   // and how many are: below 0, it has the full vocabulary. How many words its set has: 0, all.
-  R2VPO_MEMBER std::int32_t* support_row(int k) const { return integers() + kHeader + (8 + k) * count; }
+  R2VPO_MEMBER std::int32_t* support_row(int k) const {
+    return integers() + kHeader + (8 + k) * count;
+  }
   R2VPO_MEMBER std::int32_t support_begin(std::int64_t i) const { return support_row(0)[i]; }
   R2VPO_MEMBER std::int32_t support_count(std::int64_t i) const { return support_row(1)[i]; }
   R2VPO_MEMBER std::int32_t support_size(std::int64_t i) const { return support_row(2)[i]; }
@@ -321,7 +323,6 @@ struct Kernels {
   void (*shard_parts)(const Target&, const ShardParts&);
   void (*shard_combine)(const Target&, const ShardCombine&);
   void (*dual_step)(const Target&, const DualStep&);
-  // Null where the backend has none.
   void (*head_logits)(const Target&, const HeadLogits&);
   void (*head_dhidden)(const Target&, const HeadDhidden&);
   void (*head_dweight)(const Target&, const HeadDweight&);

@@ -214,6 +214,28 @@ R2VPO_TOKEN TokenSupport support_of(const Prepare& p, std::int64_t i, std::int64
   return {first, past - first, end - begin};
 }
 
+// Of the sparse head: whether it forms the logits of token i.
+R2VPO_TOKEN bool is_supported(const Head& a, std::int64_t i) {
+  return a.tokens.label(i) >= 0 && a.tokens.support_count(i) >= 0;
+}
+
+// Eq. 27 from W_j·h, of the word of a pair.
+R2VPO_TOKEN void put_logit(const HeadLogits& a, std::int64_t pair, float product, float bias) {
+  float z = (product + bias) * a.scale;
+  if (a.slopes) {
+    const float t = tanhf(z / a.softcap);
+    z = a.softcap * t;
+    a.slopes[pair] = 1.0f - t * t;
+  }
+  a.support.values[pair] = z;
+}
+
+// dL/dz of a kept word before its softcap.
+R2VPO_TOKEN float slope_at(const Head& a, std::int64_t pair) {
+  const float dz = a.support.values[pair];
+  return a.slopes ? dz * a.slopes[pair] : dz;
+}
+
 // What a unit with so many valid tokens adds to a count.
 R2VPO_TOKEN std::int32_t counted(const Prepare& p, std::int64_t valid_tokens) {
   if (p.count == Count::tokens) return static_cast<std::int32_t>(valid_tokens);

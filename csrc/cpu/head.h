@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../tokens.h"
 #include "cpu.h"
 #include "vector.h"
 
@@ -105,7 +106,7 @@ void for_each_supported(const CpuTarget& target, const Head& a, Body body) {
     PairRow row(a.width);
 #pragma omp for schedule(dynamic, kTokensAtOnce)
     for (std::int64_t i = 0; i < a.tokens.count; ++i) {
-      if (a.tokens.label(i) >= 0 && a.tokens.support_count(i) >= 0) body(i, row);
+      if (is_supported(a, i)) body(i, row);
     }
   }
 }
@@ -122,12 +123,6 @@ void prefetch(const T* row, std::int64_t width) {
   for (std::size_t at = 0; at < width * sizeof(T); at += 64) __builtin_prefetch(begin + at);
 }
 
-// dL/dz of a kept word before its softcap.
-float slope_at(const Head& a, std::int64_t pair) {
-  const float dz = a.support.values[pair];
-  return a.slopes ? dz * a.slopes[pair] : dz;
-}
-
 template <typename T>
 void head_logits_of(const CpuTarget& target, const HeadLogits& a) {
   for_each_supported(target, a, [&](std::int64_t i, PairRow& hidden) {
@@ -139,21 +134,13 @@ void head_logits_of(const CpuTarget& target, const HeadLogits& a) {
       return row_of<T>(a.weight, a.weight_stride, a.column(i, k));
     };
     for (std::int64_t k = 0; k < count; ++k) {
-      float z = 0.0f, slope = 1.0f;
+      float product = 0.0f, bias = 0.0f;
       if (!single) {
-        const std::int64_t word = a.column(i, k);
         if (k + 1 < count) prefetch(row(k + 1), a.width);
-        z = hidden.dot(row(k));
-        if (a.bias) z += load_one(static_cast<const T*>(a.bias) + word);
-        z *= a.scale;
-        if (a.slopes) {
-          const float t = std::tanh(z / a.softcap);
-          z = a.softcap * t;
-          slope = 1.0f - t * t;
-        }
+        product = hidden.dot(row(k));
+        if (a.bias) bias = load_one(static_cast<const T*>(a.bias) + a.column(i, k));
       }
-      a.support.values[begin + k] = z;
-      if (a.slopes) a.slopes[begin + k] = slope;
+      put_logit(a, begin + k, product, bias);
     }
   });
 }
@@ -208,7 +195,7 @@ void head_dweight_of(const CpuTarget& target, const HeadDweight& a) {
           double bias = 0.0;
           for (; n < pairs && word_of(n) == word; ++n) {
             const std::int64_t pair = a.by_word[n], i = a.token_of[pair];
-            if (a.tokens.label(i) < 0 || a.tokens.support_count(i) < 0) continue;
+            if (!is_supported(a, i)) continue;
             const float slope = slope_at(a, pair);
             if (slope == 0.0f) continue;
             if (!any) sum.clear();

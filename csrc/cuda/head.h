@@ -29,16 +29,6 @@ R2VPO_DEVICE void with_dtype(Dtype dtype, Body body) {
 
 R2VPO_DEVICE std::int64_t stripes_of(const Head& a) { return (a.width + kStripe - 1) / kStripe; }
 
-R2VPO_DEVICE bool is_supported(const Head& a, std::int64_t i) {
-  return a.tokens.label(i) >= 0 && a.tokens.support_count(i) >= 0;
-}
-
-// dL/dz of a kept word before its softcap.
-R2VPO_DEVICE float slope_at(const Head& a, std::int64_t pair) {
-  const float dz = a.support.values[pair];
-  return a.slopes ? dz * a.slopes[pair] : dz;
-}
-
 // sum[j] += factor · row[left + j·32 + lane]
 template <Dtype dtype, typename Machine>
 R2VPO_DEVICE void add_row(const Machine& machine, const void* rows, std::int64_t begin,
@@ -76,7 +66,7 @@ R2VPO_DEVICE void run(Machine& machine, const HeadLogits& a) {
       if (!is_supported(a, i)) continue;
       const std::int64_t begin = a.tokens.support_begin(i), count = a.tokens.support_count(i);
       for (std::int64_t k = machine.warp() % kGroup; k < count; k += kGroup) {
-        float z = 0.0f, slope = 1.0f;
+        float product = 0.0f, bias = 0.0f;
         // All the probability of a set of one is on its word, whatever the logit.
         if (a.tokens.support_size(i) != 1) {
           const std::int64_t word = a.column(i, k);
@@ -90,18 +80,10 @@ R2VPO_DEVICE void run(Machine& machine, const HeadLogits& a) {
                          element<float>(a.weight, dtype, word * a.weight_stride + column);
             }
           }
-          z = over_lanes<Sum>(machine, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-          if (a.bias) z += element<float>(a.bias, dtype, word);
-          z *= a.scale;
-          if (a.slopes) {
-            const float t = tanhf(z / a.softcap);
-            z = a.softcap * t;
-            slope = 1.0f - t * t;
-          }
+          product = over_lanes<Sum>(machine, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+          if (a.bias) bias = element<float>(a.bias, dtype, word);
         }
-        if (machine.lane() != 0) continue;
-        a.support.values[begin + k] = z;
-        if (a.slopes) a.slopes[begin + k] = slope;
+        if (machine.lane() == 0) put_logit(a, begin + k, product, bias);
       }
     }
   });

@@ -206,6 +206,20 @@ def test_rows_of_several_chunks(gpu, dtype, vocabulary, inplace):
     check_case(logits.to(dtype), labels, keywords | {"inplace": inplace}, "cuda")
 
 
+def assert_same_bits(step, seeds, clusters):
+    """Of what step(seed) returns, whatever the order of events, the ring and the rows at once."""
+    results = []
+    try:
+        for seed in range(seeds):
+            stages = 4 + seed % 2
+            cuda._cuda.configure(stages, stages, clusters, 1 + seed, seed)
+            results.append(step(seed))
+    finally:
+        cuda._cuda.configure(**DEFAULTS)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 @CUDA
 @pytest.mark.parametrize("keywords", [{}, {"center": "group"}, {"entropy_coef": 0.1}])
 def test_no_bit_depends_on_the_order_of_events(keywords):
@@ -213,19 +227,14 @@ def test_no_bit_depends_on_the_order_of_events(keywords):
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 6001).bfloat16()
     labels = torch.randint(0, 6001, (2, 5))
-    results = []
-    try:
-        for seed in range(4):
-            stages = 4 + seed % 2
-            cuda._cuda.configure(stages, stages, True, 1 + seed, seed)
-            leaf = logits.clone().requires_grad_()
-            out = r2vpo_loss(leaf, labels, None, torch.ones(2), backend="cuda", **keywords)
-            out.loss.backward()
-            results.append((out.loss.detach(), out.logps, leaf.grad))
-    finally:
-        cuda._cuda.configure(**DEFAULTS)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+    def step(seed):
+        leaf = logits.clone().requires_grad_()
+        out = r2vpo_loss(leaf, labels, None, torch.ones(2), backend="cuda", **keywords)
+        out.loss.backward()
+        return out.loss.detach(), out.logps, leaf.grad
+
+    assert_same_bits(step, 4, clusters=True)
 
 
 @CUDA
@@ -409,22 +418,17 @@ def test_the_label_is_found_in_whichever_share_it_is(gpu, dtype):
 def test_no_bit_of_sets_depends_on_the_order_of_events(keywords, clusters):
     """Nor on the gradient's place, the ring, or how many rows are on the chip at once."""
     logits, labels, sets = inputs_with_sets(torch.bfloat16, 6001)
-    results = []
-    try:
-        for seed in range(6):
-            stages = 4 + seed % 2
-            cuda._cuda.configure(stages, stages, clusters, 1 + seed, seed)
-            leaf = logits.clone().requires_grad_()
-            out = r2vpo_loss(
-                leaf * 1, labels, None, torch.ones(1), sampling_mask=sets, inplace=seed % 3 == 1,
-                backend="cuda", **keywords,
-            )  # fmt: skip
-            out.loss.backward()
-            results.append((out.loss.detach(), out.logps, leaf.grad))
-    finally:
-        cuda._cuda.configure(**DEFAULTS)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+    def step(seed):
+        leaf = logits.clone().requires_grad_()
+        out = r2vpo_loss(
+            leaf * 1, labels, None, torch.ones(1), sampling_mask=sets, inplace=seed % 3 == 1,
+            backend="cuda", **keywords,
+        )  # fmt: skip
+        out.loss.backward()
+        return out.loss.detach(), out.logps, leaf.grad
+
+    assert_same_bits(step, 6, clusters)
 
 
 @CUDA
