@@ -15,6 +15,7 @@ from torch import Tensor
 
 Backend = Literal["auto", "eager", "triton", "cpp", "cuda"]
 Center = Literal["one", "group"]
+PolicyLoss = Literal["ratio", "clip", "cispo"]
 RatioLevel = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3"]
 Reduction = Literal[
@@ -23,6 +24,7 @@ Reduction = Literal[
 MissingLabel = Literal["error", "full"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 CENTERS: tuple[str, ...] = get_args(Center)
+POLICY_LOSSES: tuple[str, ...] = get_args(PolicyLoss)
 RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
 KL_ESTIMATORS: tuple[str, ...] = get_args(KLEstimator)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .batch import Batch
-from .checks import Backend, Center, KLEstimator, RatioLevel, Reduction, invalid
+from .checks import Backend, Center, KLEstimator, PolicyLoss, RatioLevel, Reduction, invalid
 from .objective import Objective, checked_temperature
 from .output import R2VPOOutput, RatioStats
 from .sampling import SamplingMask
@@ -55,9 +55,15 @@ def _entry(entry: Callable[P, R]) -> Callable[P, R]:
 
 def _output(result: Result, batch: Batch, objective: Objective) -> R2VPOOutput:
     loss, stats, metrics, logps, entropy = result
-    has_ref, has_support = objective.ref_logps is not None, batch.sampling_mask is not None
     return R2VPOOutput(
-        loss, logps, entropy, RatioStats(*stats.unbind()), metrics, has_ref, has_support
+        loss,
+        logps,
+        entropy,
+        RatioStats(*stats.unbind()),
+        metrics,
+        objective.ref_logps is not None,
+        batch.sampling_mask is not None,
+        objective.policy_loss != "ratio",
     )
 
 
@@ -77,7 +83,10 @@ def r2vpo_loss(
     old_logps: Tensor | None,
     advantages: Tensor,
     *,
-    variance_coef: float | Tensor = 0.5,
+    policy_loss: PolicyLoss = "ratio",
+    clip_range: float | tuple[float, float] | None = None,
+    dual_clip: float | None = None,
+    variance_coef: float | Tensor | None = None,
     center: Center | Tensor = "one",
     group_ids: Tensor | None = None,
     num_groups: int | None = None,
@@ -92,6 +101,7 @@ def r2vpo_loss(
     ref_logps: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
+    kl_unbiased: bool = False,
     entropy_coef: float = 0.0,
     temperature: float | Tensor = 1.0,
     log_ratio_clamp: float = 20.0,
@@ -103,7 +113,9 @@ def r2vpo_loss(
 ) -> R2VPOOutput:
     """The R²VPO loss from logits (Eq. 5), with one pass over them where the objective allows it:
 
-        L = Σ w·(-s·A·ρ) + Σ w·λ·(ρ - c)² + β·Σ w·KL(logp, ref) - η·Σ w·H,    ρ = exp(logp - old)
+        L = Σ w·P + Σ w·λ·(ρ - c)² + β·Σ w·m·KL(logp, ref) - η·Σ w·H,    ρ = exp(logp - old)
+
+    where P is -s·A·ρ and m is 1, unless `policy_loss` and `kl_unbiased` say otherwise.
 
     In torch, with the defaults and no mask:
 
@@ -127,8 +139,13 @@ def r2vpo_loss(
         old_logps: like labels, nats, log-probs of the labels when they were sampled. None:
             on-policy, ρ = 1 with the gradient of ρ.
         advantages: per sequence or per token.
-        variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token. The default is
-            from examples/STUDY.md, examples/study/strength.png: with 2.5, where that ρ is 1 ± 0.2
+        policy_loss: P. "ratio": -s·A·ρ; "clip", of PPO and GRPO (of GSPO at sequence level):
+            max(-s·A·ρ, -s·A·clamp(ρ, 1-ε_low, 1+ε_high)); "cispo": -s·A·sg(clamp(ρ, 1-ε_low,
+            1+ε_high))·logp, sg a constant. All other terms are the same with each.
+        clip_range: ε, or (ε_low, ε_high) with ε_low ≤ 1, for "clip" and "cispo", which need it.
+        dual_clip: c > 1; with "clip", P is -s·A·c at most where s·A < 0.
+        variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token. None: 0.5 with
+            policy_loss "ratio", else 0. The 0.5 is from examples/STUDY.md, examples/study/strength.png: with 2.5, where that ρ is 1 ± 0.2
             at |A| = 1, less was learned on both tasks, from data one and five updates old.
         center: c: "one"; "group", the weighted mean of ρ in each group; or a float tensor of given
             means (num_groups,), which reproduces "group" exactly where λ is constant in the group.
@@ -151,6 +168,8 @@ def r2vpo_loss(
         importance_weights: s, per sequence or per token, constant; 1 by default.
         ref_logps: like labels, nats, for the KL term or its metric alone.
         kl_coef: β. kl_estimator: "k1", "k2" or "k3".
+        kl_unbiased: m is ρ, with its gradient: the importance-weighted estimate, whose gradient is
+            that of the KL of the present policy. kl/ref of the metrics has the m too.
         entropy_coef: η, a bonus for entropy (nats).
         temperature: what logits are divided by: a number or per sequence or per token, ≥ 1e-6.
         log_ratio_clamp: bound on |log ρ| and on the KL's exponent, nats, at most 40; past it the
@@ -202,6 +221,9 @@ def r2vpo_loss(
             logits.device,
             old_logps=old_logps,
             advantages=advantages,
+            policy_loss=policy_loss,
+            clip_range=clip_range,
+            dual_clip=dual_clip,
             variance_coef=variance_coef,
             center=center,
             ratio_level=ratio_level,
@@ -209,6 +231,7 @@ def r2vpo_loss(
             ref_logps=ref_logps,
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
+            kl_unbiased=kl_unbiased,
             entropy_coef=entropy_coef,
             log_ratio_clamp=log_ratio_clamp,
             temperature=temperature,
@@ -233,7 +256,10 @@ def linear_r2vpo_loss(
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,
     compact: bool = True,
-    variance_coef: float | Tensor = 0.5,
+    policy_loss: PolicyLoss = "ratio",
+    clip_range: float | tuple[float, float] | None = None,
+    dual_clip: float | None = None,
+    variance_coef: float | Tensor | None = None,
     center: Center | Tensor = "one",
     group_ids: Tensor | None = None,
     num_groups: int | None = None,
@@ -248,6 +274,7 @@ def linear_r2vpo_loss(
     ref_logps: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
+    kl_unbiased: bool = False,
     entropy_coef: float = 0.0,
     temperature: float | Tensor = 1.0,
     log_ratio_clamp: float = 20.0,
@@ -339,6 +366,9 @@ def linear_r2vpo_loss(
             hidden.device,
             old_logps=old_logps,
             advantages=advantages,
+            policy_loss=policy_loss,
+            clip_range=clip_range,
+            dual_clip=dual_clip,
             variance_coef=variance_coef,
             center=center,
             ratio_level=ratio_level,
@@ -346,6 +376,7 @@ def linear_r2vpo_loss(
             ref_logps=ref_logps,
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
+            kl_unbiased=kl_unbiased,
             entropy_coef=entropy_coef,
             log_ratio_clamp=log_ratio_clamp,
             temperature=temperature,
@@ -364,7 +395,10 @@ def r2vpo_loss_from_logps(
     advantages: Tensor,
     *,
     entropy: Tensor | None = None,
-    variance_coef: float | Tensor = 0.5,
+    policy_loss: PolicyLoss = "ratio",
+    clip_range: float | tuple[float, float] | None = None,
+    dual_clip: float | None = None,
+    variance_coef: float | Tensor | None = None,
     center: Center | Tensor = "one",
     group_ids: Tensor | None = None,
     num_groups: int | None = None,
@@ -377,6 +411,7 @@ def r2vpo_loss_from_logps(
     ref_logps: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
+    kl_unbiased: bool = False,
     entropy_coef: float = 0.0,
     log_ratio_clamp: float = 20.0,
     cu_seqlens: Tensor | None = None,
@@ -424,6 +459,9 @@ def r2vpo_loss_from_logps(
         logps.device,
         old_logps=old_logps,
         advantages=advantages,
+        policy_loss=policy_loss,
+        clip_range=clip_range,
+        dual_clip=dual_clip,
         variance_coef=variance_coef,
         center=center,
         ratio_level=ratio_level,
@@ -431,6 +469,7 @@ def r2vpo_loss_from_logps(
         ref_logps=ref_logps,
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
+        kl_unbiased=kl_unbiased,
         entropy_coef=entropy_coef,
         log_ratio_clamp=log_ratio_clamp,
     )

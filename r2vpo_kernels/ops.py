@@ -6,6 +6,7 @@ sources/ do. Here are those over logits and over log-probs; sources/ registers i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from .batch import Batch
 from .checks import (
     KL_ESTIMATORS,
     MISSING_LABELS,
+    POLICY_LOSSES,
     check_choice,
     check_device,
     check_float,
@@ -127,15 +129,17 @@ def check_memory(name: str, value: Tensor) -> None:
 
 
 # What was asked, as the dispatcher takes it: flat. `numbers` are variance_coef, temperature, the
-# denominator's factor, kl_coef, entropy_coef and log_ratio_clamp, where they are numbers; under
-# torch.compile they are a tensor, so that no compilation depends on a value.
+# denominator's factor, kl_coef, entropy_coef, log_ratio_clamp, clip_low, clip_high and dual_clip,
+# where they are numbers; under torch.compile they are a tensor, so that no compilation depends on a
+# value.
 CALL = """SymInt[] shape, Tensor? labels, Tensor? mask, SymInt ignore_index, Tensor? cu_seqlens,
     Tensor? token_ids, Tensor? offsets, Tensor? largest, str missing_label,
     Tensor? group_ids, SymInt num_groups, SymInt group_size, str reduction, Tensor? normalizer,
-    bool normalized, Tensor? advantages, Tensor? old_logps, Tensor? variance_coef, Tensor? center,
-    bool empirical_center, str ratio_level, Tensor? importance_weights, Tensor? ref_logps,
-    str kl_estimator, Tensor? temperature, float[] numbers, Tensor? number_vector,
-    bool with_entropy, str backend"""
+    bool normalized, Tensor? advantages, Tensor? old_logps, str policy_loss, Tensor? variance_coef,
+    Tensor? center, bool empirical_center, str ratio_level, Tensor? importance_weights,
+    Tensor? ref_logps, str kl_estimator, bool kl_unbiased, Tensor? temperature, float[] numbers,
+    Tensor? number_vector, bool with_entropy, str backend"""
+NUMBERS = 9
 
 
 @dataclass(slots=True)
@@ -186,6 +190,9 @@ class Call:
             objective.kl_coef,
             objective.entropy_coef,
             objective.log_ratio_clamp,
+            objective.clip_low,
+            objective.clip_high,
+            objective.dual_clip,
         ]
 
     def flat(self, like: Tensor) -> tuple[Any, ...]:
@@ -203,11 +210,11 @@ class Call:
             batch.group_ids, batch.num_groups, batch.group_size, batch.reduction,
             _constant(batch.normalizer), batch.normalizer is not None,
             _constant(objective.advantages), _constant(objective.old_logps),
-            _constant(objective.variance_coef), _constant(objective.center),
+            objective.policy_loss, _constant(objective.variance_coef), _constant(objective.center),
             objective.empirical_center, objective.ratio_level,
             _constant(objective.importance_weights), _constant(objective.ref_logps),
-            objective.kl_estimator, _constant(objective.temperature), numbers, vector,
-            self.with_entropy, self.backend,
+            objective.kl_estimator, objective.kl_unbiased, _constant(objective.temperature),
+            numbers, vector, self.with_entropy, self.backend,
         )  # fmt: skip
 
     def arguments(self, like: Tensor) -> tuple[Any, ...]:
@@ -222,12 +229,12 @@ class Call:
         (
             shape, labels, mask, ignore_index, cu_seqlens, token_ids, offsets, largest,
             missing_label, group_ids, num_groups, group_size, reduction, normalizer, normalized,
-            advantages, old_logps, variance_coef, center, empirical_center, ratio_level,
-            importance_weights, ref_logps, kl_estimator, temperature, numbers, number_vector,
-            with_entropy, backend,
+            advantages, old_logps, policy_loss, variance_coef, center, empirical_center,
+            ratio_level, importance_weights, ref_logps, kl_estimator, kl_unbiased, temperature,
+            numbers, number_vector, with_entropy, backend,
         ) = arguments  # fmt: skip
         if number_vector is not None:
-            numbers = [1.0] * 6  # not read
+            numbers = [1.0] * NUMBERS  # not read
         if normalized and normalizer is None:
             normalizer = numbers[2]
         sampling_mask = None
@@ -240,6 +247,8 @@ class Call:
         objective = Objective(
             advantages,
             old_logps,
+            policy_loss,
+            *numbers[6:],
             numbers[0] if variance_coef is None else variance_coef,
             ("group" if empirical_center else "one") if center is None else center,
             ratio_level,
@@ -247,6 +256,7 @@ class Call:
             ref_logps,
             numbers[3],
             kl_estimator,
+            kl_unbiased,
             numbers[4],
             numbers[1] if temperature is None else temperature,
             numbers[5],
@@ -257,7 +267,7 @@ class Call:
         """As the entries check their arguments."""
         batch, objective = self.batch, self.objective
         if self.number_vector is not None:
-            check_is("number_vector", self.number_vector, torch.float32, device, (6,))
+            check_is("number_vector", self.number_vector, torch.float32, device, (NUMBERS,))
         if batch.sampling_mask is not None:
             self._check_sampling_mask(batch.sampling_mask, device)
         Batch.build(
@@ -277,11 +287,17 @@ class Call:
         if objective.advantages is None:
             checked_temperature(batch, objective.temperature, device)
             return
+        clip_range = None
+        if objective.policy_loss != "ratio":
+            clip_range = objective.clip_low, objective.clip_high
         Objective.build(
             batch,
             device,
             old_logps=objective.old_logps,
             advantages=objective.advantages,
+            policy_loss=objective.policy_loss,
+            clip_range=clip_range,
+            dual_clip=None if math.isinf(objective.dual_clip) else objective.dual_clip,
             variance_coef=objective.variance_coef,
             center=objective.center,
             ratio_level=objective.ratio_level,
@@ -289,6 +305,7 @@ class Call:
             ref_logps=objective.ref_logps,
             kl_coef=objective.kl_coef if objective.ref_logps is not None else 0.0,
             kl_estimator=objective.kl_estimator,
+            kl_unbiased=objective.kl_unbiased,
             entropy_coef=objective.entropy_coef,
             log_ratio_clamp=objective.log_ratio_clamp,
             temperature=objective.temperature,
@@ -610,7 +627,9 @@ def row_tokens(
     workspace: Tensor, tokens: int, token_ids: Tensor | None = None, layout: Tensor | None = None
 ) -> Tokens:
     """As much of a workspace as the row kernels read."""
-    found = Tokens(workspace, tokens, 0, 0, 0, False, False, None, token_ids is not None)
+    found = Tokens(
+        workspace, tokens, 0, 0, 0, False, False, "ratio", None, False, token_ids is not None
+    )
     if token_ids is not None:
         found.support = support_of(token_ids, 0 if layout is None else int(layout[0]))
     return found
@@ -766,8 +785,8 @@ def prepare_logps(logps: Tensor, entropy: Tensor | None, *flat: Any) -> Any:
     return tokens.workspace, out, entropy_out
 
 
-FINISH = """SymInt groups, bool on_policy, bool sequence_level, str? kl,
-    bool with_support, bool empirical_center, bool per_token, bool with_entropy, bool with_slopes,
+FINISH = """SymInt groups, bool on_policy, bool sequence_level, str policy_loss, str? kl,
+    bool kl_unbiased, bool with_support, bool empirical_center, bool per_token, bool with_entropy, bool with_slopes,
     str backend"""
 
 
@@ -777,7 +796,9 @@ def finish_options(call: Call) -> tuple[Any, ...]:
     return (
         objective.old_logps is None,
         objective.ratio_level == "sequence",
+        objective.policy_loss,
         None if objective.ref_logps is None else objective.kl_estimator,
+        objective.kl_unbiased,
         call.batch.sampling_mask is not None,
         objective.empirical_center,
         call.per_token,
@@ -791,8 +812,9 @@ def _empty_slopes(logps: Tensor, with_entropy: bool, wanted: bool) -> Tensor:
 
 def _fake_finish(
     workspace: Tensor, logps: Tensor, entropy: Tensor, upstream: Tensor | None, groups: int,
-    on_policy: bool, sequence_level: bool, kl: str | None, with_support: bool,
-    empirical_center: bool, per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
+    on_policy: bool, sequence_level: bool, policy_loss: str, kl: str | None, kl_unbiased: bool,
+    with_support: bool, empirical_center: bool, per_token: bool, with_entropy: bool,
+    with_slopes: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     results = empty_results(logps, groups, per_token)
     slopes = _empty_slopes(logps, with_entropy, with_slopes)
@@ -801,8 +823,9 @@ def _fake_finish(
 
 def _check_finish(
     workspace: Tensor, logps: Tensor, entropy: Tensor, upstream: Tensor | None, groups: int,
-    on_policy: bool, sequence_level: bool, kl: str | None, with_support: bool,
-    empirical_center: bool, per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
+    on_policy: bool, sequence_level: bool, policy_loss: str, kl: str | None, kl_unbiased: bool,
+    with_support: bool, empirical_center: bool, per_token: bool, with_entropy: bool,
+    with_slopes: bool, backend: str,
 ) -> None:  # fmt: skip
     check_is("logps", logps, torch.float32, logps.device, tuple(logps.shape))
     check_backend(backend, logps)
@@ -811,6 +834,7 @@ def _check_finish(
     check_is("entropy", entropy, torch.float32, logps.device, shape)
     if kl is not None and kl not in KL_ESTIMATORS:
         raise ValueError(f"kl: got {kl!r}, expected one of {KL_ESTIMATORS}, or None")
+    check_choice("policy_loss", policy_loss, POLICY_LOSSES)
     units = units_in(workspace, logps.numel())
     named = workspace[workspace.numel() - units :].view(torch.int32)
     if groups < 0 or (may_synchronise(workspace) and max(named.tolist(), default=-1) >= groups):
@@ -831,8 +855,9 @@ def _check_finish(
 )
 def finish(
     workspace: Tensor, logps: Tensor, entropy: Tensor, upstream: Tensor | None, groups: int,
-    on_policy: bool, sequence_level: bool, kl: str | None, with_support: bool,
-    empirical_center: bool, per_token: bool, with_entropy: bool, with_slopes: bool, backend: str,
+    on_policy: bool, sequence_level: bool, policy_loss: str, kl: str | None, kl_unbiased: bool,
+    with_support: bool, empirical_center: bool, per_token: bool, with_entropy: bool,
+    with_slopes: bool, backend: str,
 ) -> Any:  # fmt: skip
     """(loss, stats, metrics, logps, entropy, slopes): from log-probs to Eq. 5 and 10.
 
@@ -843,8 +868,9 @@ def finish(
     units = units_in(workspace, logps.numel())
     parts = parts_of(units, backend)
     tokens = Tokens(
-        workspace, logps.numel(), units, groups, parts, on_policy, sequence_level, kl, with_support
-    )
+        workspace, logps.numel(), units, groups, parts, on_policy, sequence_level, policy_loss, kl,
+        kl_unbiased, with_support,
+    )  # fmt: skip
     slopes = _empty_slopes(logps, with_entropy, with_slopes)
     logps_out, entropy_out = torch.empty_like(logps), torch.empty_like(entropy)
     results = finish_tokens(

@@ -24,6 +24,8 @@ METRICS = (
     "entropy",
     "support/single",
     "support/size",
+    "clip/low",
+    "clip/high",
 )
 
 
@@ -101,6 +103,7 @@ class R2VPOOutput:
     _metrics: Tensor
     _has_ref: bool
     _has_support: bool
+    _has_clip: bool
 
     def metrics(self) -> dict[str, Tensor]:
         """0-dim tensors on the device, already computed; means are over the valid tokens.
@@ -110,7 +113,9 @@ class R2VPOOutput:
         ρ, the k3 estimate of KL(old ‖ new); kl/ref, if ref_logps were given; entropy, if it was
         computed; loss/policy and loss/penalty, the weighted sums that the loss is made of; with a
         sampling_mask support/single, the share of tokens whose set has one word, and support/size,
-        the mean size of the sets that are not the full vocabulary.
+        the mean size of the sets that are not the full vocabulary; with policy_loss "clip" clip/low
+        and clip/high, the shares of tokens whose policy gradient the clip removes below 1 - ε_low
+        and above 1 + ε_high (or dual_clip), and with "cispo" those whose ratio it replaces.
         """
         result = dict(zip(METRICS, self._metrics.unbind(), strict=True))
         if not self._has_ref:
@@ -119,6 +124,8 @@ class R2VPOOutput:
             del result["entropy"]
         if not self._has_support:
             del result["support/single"], result["support/size"]
+        if not self._has_clip:
+            del result["clip/low"], result["clip/high"]
         return result
 
 
@@ -133,7 +140,7 @@ register_pytree_node(
     R2VPOOutput,
     lambda out: (
         [out.loss, out.logps, out.entropy, out.stats, out._metrics],
-        (out._has_ref, out._has_support),
+        (out._has_ref, out._has_support, out._has_clip),
     ),
     lambda fields, has: R2VPOOutput(*(*fields, *has)),
     serialized_type_name="r2vpo_kernels.R2VPOOutput",

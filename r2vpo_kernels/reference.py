@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .checks import MIN_TEMPERATURE, KLEstimator, RatioLevel, check
+from .checks import MIN_TEMPERATURE, KLEstimator, PolicyLoss, RatioLevel, check
 from .objective import Objective
 from .output import METRICS, RatioStats
 from .sampling import SamplingMask
@@ -184,12 +184,17 @@ class Tokens:
     temperature: Tensor
     advantages: Tensor  # s·A
     old_logps: Tensor | None  # None: on-policy
+    policy_loss: PolicyLoss
+    clip_low: Tensor
+    clip_high: Tensor
+    dual_clip: Tensor
     variance_coef: Tensor
     center: Tensor | None  # c - 1; None: the empirical mean of the group
     ratio_level: RatioLevel
     ref_logps: Tensor | None
     kl_coef: Tensor
     kl_estimator: KLEstimator
+    kl_unbiased: bool
     entropy_coef: Tensor
     log_ratio_clamp: Tensor
 
@@ -268,12 +273,17 @@ class Tokens:
             temperature=per_token("temperature", objective.temperature, 1.0, MIN_TEMPERATURE),
             advantages=advantages,
             old_logps=optional("old_logps", objective.old_logps),
+            policy_loss=objective.policy_loss,
+            clip_low=one.new_zeros(()) + objective.clip_low,
+            clip_high=one.new_zeros(()) + objective.clip_high,
+            dual_clip=one.new_zeros(()) + objective.dual_clip,
             variance_coef=per_token("variance_coef", objective.variance_coef, minimum=0.0),
             center=center,
             ratio_level=objective.ratio_level,
             ref_logps=optional("ref_logps", objective.ref_logps),
             kl_coef=one.new_zeros(()) + objective.kl_coef,
             kl_estimator=objective.kl_estimator,
+            kl_unbiased=objective.kl_unbiased,
             entropy_coef=one.new_zeros(()) + objective.entropy_coef,
             log_ratio_clamp=one.new_zeros(()) + objective.log_ratio_clamp,
         )
@@ -365,6 +375,8 @@ class TokenTerms(NamedTuple):
     ratio_minus_one: Tensor
     log_ratio: Tensor
     clamped: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
     policy: Tensor
     penalty: Tensor
     kl: Tensor | None
@@ -388,16 +400,49 @@ def token_terms(logps: Tensor, entropy: Tensor | None, tokens: Tokens) -> TokenT
         # Eq. 9: the empirical mean, as a distance from one, like every mean here.
         center = tokens.groups.spread(tokens.groups.mean(d, tokens.token_weight))
 
-    policy = -tokens.advantages * ratio
+    clipped_low, clipped_high = clipped(d, tokens)
+    policy = _policy(ratio, logps, clipped_low, clipped_high, tokens)
     penalty = tokens.variance_coef * (d - center) ** 2
     loss = policy + penalty
     kl = None
     if tokens.ref_logps is not None:
         kl = _kl(logps, tokens.ref_logps, tokens.kl_estimator, clamp)
+        if tokens.kl_unbiased:
+            kl = ratio * kl
         loss = loss + tokens.kl_coef * kl
     if entropy is not None:
         loss = loss - tokens.entropy_coef * entropy
-    return TokenTerms(d, delta, raw.abs() > clamp, policy, penalty, kl, tokens.weight * loss)
+    return TokenTerms(
+        d, delta, raw.abs() > clamp, clipped_low, clipped_high, policy, penalty, kl,
+        tokens.weight * loss,
+    )  # fmt: skip
+
+
+def clipped(d: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Where the clip of Eq. 5 binds, below and above: with "clip" only where it lowers the gain."""
+    if tokens.policy_loss == "ratio":
+        nowhere = torch.zeros_like(d, dtype=torch.bool)
+        return nowhere, nowhere
+    low, high = d < -tokens.clip_low, d > tokens.clip_high
+    if tokens.policy_loss == "clip":
+        gains = tokens.advantages > 0
+        low = low & (tokens.advantages < 0)
+        high = torch.where(gains, high, (tokens.advantages < 0) & (1.0 + d > tokens.dual_clip))
+    return low, high
+
+
+def _policy(
+    ratio: Tensor, logps: Tensor, clipped_low: Tensor, clipped_high: Tensor, tokens: Tokens
+) -> Tensor:
+    """Eq. 5, P. With "clip" it is max(-sA·ρ, -sA·clamp(ρ, 1-ε_low, 1+ε_high)), and at most -sA·c."""
+    highest = 1.0 + tokens.clip_high
+    if tokens.policy_loss == "clip":
+        highest = torch.where(tokens.advantages > 0, highest, tokens.dual_clip)
+    factor = torch.where(clipped_low, 1.0 - tokens.clip_low, ratio)
+    factor = torch.where(clipped_high, highest, factor)
+    if tokens.policy_loss == "cispo":
+        factor = factor.detach() * logps
+    return -tokens.advantages * factor
 
 
 def _kl(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator, clamp: Tensor) -> Tensor:
@@ -462,6 +507,8 @@ def _metrics(terms: TokenTerms, entropy: Tensor | None, tokens: Tokens) -> Tenso
     values |= {
         "support/single": mean((size == 1).to(d.dtype)),
         "support/size": _total(size) / (size > 0).sum().clamp(min=1),
+        "clip/low": mean(terms.clipped_low.to(d.dtype)),
+        "clip/high": mean(terms.clipped_high.to(d.dtype)),
     }
     return torch.stack([values[name] for name in METRICS])
 

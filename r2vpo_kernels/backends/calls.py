@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -135,7 +136,9 @@ class Tokens:
     parts: int
     on_policy: bool
     sequence_level: bool
+    policy_loss: str
     kl: str | None  # the estimator, where ref_logps were given
+    kl_unbiased: bool
     with_support: bool  # a sampling mask was given
     support: Support | None = None  # for the row kernels, where one was given
 
@@ -187,8 +190,10 @@ class Prepare:
     sampling_vocabulary: int = 1  # the mask's words are less: those of all shards
     mean_over_unit: bool = False
     count_kind: int = 0  # of the denominator: 0 given, 1 valid tokens, 2 units with a valid token
-    # variance_coef, temperature, denominator's factor, kl_coef, entropy_coef, log_ratio_clamp
-    numbers: tuple[float, ...] | Tensor = field(default=(0.0, 1.0, 1.0, 0.0, 0.0, 20.0))
+    # Those of Call.numbers, in their order.
+    numbers: tuple[float, ...] | Tensor = field(
+        default=(0.0, 1.0, 1.0, 0.0, 0.0, 20.0, 0.0, 0.0, math.inf)
+    )
     logps_out: Tensor | None = None
     entropy_out: Tensor | None = None
     # uint8: 0 has a gradient, 1 it is known to be 0, 2 masked, 3 left to the sparse head
@@ -219,7 +224,9 @@ class Prepare:
             parts_of(units, backend),
             objective.old_logps is None,
             objective.ratio_level == "sequence",
+            objective.policy_loss,
             None if objective.ref_logps is None else objective.kl_estimator,
+            objective.kl_unbiased,
             batch.sampling_mask is not None,
         )
         if batch.normalizer is not None or batch.reduction == "none":
