@@ -21,6 +21,7 @@ struct Interned {
   PyObject* const shape = PyUnicode_InternFromString("shape");
   PyObject* const stride = PyUnicode_InternFromString("stride");
   PyObject* const dtypes = PyDict_New();  // torch's
+  PyObject* const policy_losses = PyDict_New();
   PyObject* const kl_estimators = PyDict_New();
 
   Interned() {
@@ -29,6 +30,10 @@ struct Interned {
     for (const char* name : {"float32", "bfloat16", "float16", "float64", "int64", "int32", "int16",
                              "int8", "uint8", "bool"}) {
       PyDict_SetItem(dtypes, torch.attr(name).ptr(), py::int_(value++).ptr());
+    }
+    value = 0;
+    for (const char* name : {"ratio", "clip", "cispo"}) {
+      PyDict_SetItem(policy_losses, py::str(name).ptr(), py::int_(value++).ptr());
     }
     value = 0;
     PyDict_SetItem(kl_estimators, Py_None, py::int_(value++).ptr());
@@ -97,6 +102,8 @@ class Arguments {
       return static_cast<T>(PyFloat_AsDouble(x));
     } else if constexpr (std::is_pointer_v<T>) {
       return static_cast<T>(Tensor(x).data());
+    } else if constexpr (std::is_same_v<T, PolicyLoss>) {
+      return enumerator<PolicyLoss>(Interned::all().policy_losses, x);
     } else if constexpr (std::is_same_v<T, KL>) {
       return enumerator<KL>(Interned::all().kl_estimators, x);
     } else {
@@ -133,7 +140,7 @@ inline Column vector(Arguments& a) {
   return {x.data(), x.dtype(), many ? std::int64_t(Arguments(strides)) : 0, 0};
 }
 
-inline Tokens tokens(Arguments& a) { return {a, a, a, a, a, a, a, a, a}; }
+inline Tokens tokens(Arguments& a) { return {a, a, a, a, a, a, a, a, a, a, a}; }
 
 // Of a tuple, or None.
 inline SamplingMask sampling_mask(Arguments& a) {
@@ -173,7 +180,7 @@ inline void take(Arguments& a, Prepare& to) {
   PyObject* const numbers = a.next();
   if (PyTuple_Check(numbers)) {
     Arguments number(numbers);
-    to.numbers = {number, number, number, number, number, number};
+    to.numbers = {number, number, number, number, number, number, number, number, number};
   } else {
     to.numbers_tensor = static_cast<const float*>(Tensor(numbers).data());
   }

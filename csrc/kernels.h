@@ -39,7 +39,9 @@ struct Tokens {
   std::int64_t count, units, groups;
   int parts;  // of the denominator's count
   bool on_policy, sequence_level;
+  PolicyLoss policy_loss;
   KL kl;
+  bool kl_unbiased;
   bool with_support;  // a sampling mask was given
 
   R2VPO_MEMBER std::int32_t* integers() const {
@@ -55,6 +57,9 @@ struct Tokens {
   R2VPO_MEMBER float kl_coef() const { return workspace[1]; }
   R2VPO_MEMBER float entropy_coef() const { return workspace[2]; }
   R2VPO_MEMBER float factor() const { return workspace[3]; }
+  R2VPO_MEMBER float clip_low() const { return workspace[4]; }
+  R2VPO_MEMBER float clip_high() const { return workspace[5]; }
+  R2VPO_MEMBER float dual_clip() const { return workspace[6]; }
 
   // Below 0: masked, not read, and its gradient row is zeros. The vocabulary's size: bad, or of
   // another shard; it reads nothing and makes logp NaN.
@@ -92,7 +97,8 @@ struct Tokens {
   }
 
   R2VPO_MEMBER Objective objective() const {
-    return {log_ratio_clamp(), kl_coef(), entropy_coef(), kl, on_policy};
+    return {log_ratio_clamp(), kl_coef(), entropy_coef(), clip_low(), clip_high(), dual_clip(),
+            policy_loss, kl, kl_unbiased, on_policy};
   }
   R2VPO_MEMBER Token token(std::int64_t i, float denominator) const {
     return {token_weight(i) / denominator, old_logp(i), advantage(i), variance_coef(i), center(i),
@@ -115,7 +121,8 @@ enum class Count { nothing, tokens, units };
 
 // In the order of `numbers` in backends/calls.py.
 struct Numbers {
-  float variance_coef, temperature, factor, kl_coef, entropy_coef, log_ratio_clamp;
+  float variance_coef, temperature, factor, kl_coef, entropy_coef, log_ratio_clamp, clip_low,
+      clip_high, dual_clip;
 };
 
 struct Prepare {
@@ -165,7 +172,7 @@ struct Finish {
   double* scratch;
 };
 
-constexpr int kMetrics = 13;
+constexpr int kMetrics = 15;
 
 // Eq. 30: what this rank adds to the SUM, and what follows from it. `entropy` is null where it is
 // not wanted, here and below.

@@ -19,6 +19,7 @@
 
 namespace r2vpo {
 
+enum class PolicyLoss { ratio, clip, cispo };
 enum class KL { none, k1, k2, k3 };
 
 // What is the same for all tokens.
@@ -26,7 +27,10 @@ struct Objective {
   float log_ratio_clamp;
   float kl_coef;
   float entropy_coef;
+  float clip_low, clip_high, dual_clip;
+  PolicyLoss policy_loss;
   KL kl;
+  bool kl_unbiased;
   bool on_policy;
 };
 
@@ -40,9 +44,10 @@ struct Token {
   float ref_logp;
 };
 
-// A term of the loss, and its derivative in the log-prob.
+// A term of the loss, and its derivatives: in the log ratio, which the tokens of a sequence may share,
+// and in the token's log-prob besides.
 struct Term {
-  float value, slope;
+  float value, ratio_slope, logp_slope;
 };
 
 struct Exponential {
@@ -89,17 +94,42 @@ R2VPO_TOKEN Ratio ratio_of(const Objective& o, float raw) {
   return {raw, delta, e.minus_one, e.value, is_clamped(raw, o.log_ratio_clamp)};
 }
 
-// Eq. 5, P: here the ratio alone counts.
-R2VPO_TOKEN Term policy_term(const Token& token, const Ratio& r) {
-  const float value = -token.advantage * r.ratio;
-  return {value, r.clamped ? 0.0f : value};
+// Where the clip of Eq. 5 binds: with "clip" only where it lowers the gain.
+struct Clipped {
+  bool low, high;
+};
+
+R2VPO_TOKEN Clipped clipped(const Objective& o, const Token& token, const Ratio& r) {
+  const bool low = r.d < -o.clip_low, high = r.d > o.clip_high;
+  switch (o.policy_loss) {
+    case PolicyLoss::ratio: return {false, false};
+    case PolicyLoss::cispo: return {low, high};
+    case PolicyLoss::clip: break;
+  }
+  const bool gains = token.advantage > 0.0f, loses = token.advantage < 0.0f;
+  return {loses && low, (gains && high) || (loses && r.ratio > o.dual_clip)};
+}
+
+// Eq. 5, P.
+R2VPO_TOKEN Term policy_term(const Objective& o, const Token& token, const Ratio& r,
+                             const Clipped& clip, float logp) {
+  float factor = r.ratio;
+  if (clip.low) factor = 1.0f - o.clip_low;
+  if (clip.high) {
+    const bool dual = o.policy_loss == PolicyLoss::clip && token.advantage < 0.0f;
+    factor = dual ? o.dual_clip : 1.0f + o.clip_high;
+  }
+  const float value = -token.advantage * factor;
+  // Its factor is a constant: the clamp of the log ratio stops nothing.
+  if (o.policy_loss == PolicyLoss::cispo) return {value * logp, 0.0f, value};
+  return {value, r.clamped || clip.low || clip.high ? 0.0f : value, 0.0f};
 }
 
 // Eq. 5, λ·(ρ - c)², for a centre of 1 + center.
 R2VPO_TOKEN Term penalty_term(const Token& token, const Ratio& r, float center) {
   const float gap = r.d - center;  // ρ - c
   const float slope = 2.0f * token.variance_coef * gap * r.ratio;
-  return {token.variance_coef * (gap * gap), r.clamped ? 0.0f : slope};
+  return {token.variance_coef * (gap * gap), r.clamped ? 0.0f : slope, 0.0f};
 }
 
 // Eq. 9: what the centre, which depends on logp too, takes off the slope, for κ of the group.
@@ -107,22 +137,27 @@ R2VPO_TOKEN float center_slope(const Ratio& r, float kappa) {
   return r.clamped ? 0.0f : 2.0f * r.ratio * kappa;
 }
 
-// Eq. 6.
-R2VPO_TOKEN Term kl_term(const Objective& o, const Token& token, float logp) {
-  if (o.kl == KL::none) return {0.0f, 0.0f};
+// Eq. 6, times m of Eq. 5.
+R2VPO_TOKEN Term kl_term(const Objective& o, const Token& token, const Ratio& r, float logp) {
+  if (o.kl == KL::none) return {0.0f, 0.0f, 0.0f};
   const float raw = difference(token.ref_logp, logp);
   const float gap = clamped(raw, o.log_ratio_clamp);
-  Term term;
+  float value = 0.0f, slope = 0.0f;
   if (o.kl == KL::k1) {
-    term = {-gap, 1.0f};
+    value = -gap;
+    slope = 1.0f;
   } else if (o.kl == KL::k2) {
-    term = {0.5f * (gap * gap), -gap};
+    value = 0.5f * (gap * gap);
+    slope = -gap;
   } else {
     const float minus_one = exponential_of(gap).minus_one;
-    term = {minus_one - gap, -minus_one};
+    value = minus_one - gap;
+    slope = -minus_one;
   }
-  if (is_clamped(raw, o.log_ratio_clamp)) term.slope = 0.0f;
-  return term;
+  if (is_clamped(raw, o.log_ratio_clamp)) slope = 0.0f;
+  if (!o.kl_unbiased) return {value, 0.0f, slope};
+  const float weighted = r.ratio * value;
+  return {weighted, r.clamped ? 0.0f : weighted, r.ratio * slope};
 }
 
 // Eq. 5: the token's loss.
@@ -132,14 +167,15 @@ R2VPO_TOKEN float loss_value(const Objective& o, const Token& token, const Term&
          (policy.value + penalty.value + o.kl_coef * kl.value - o.entropy_coef * entropy);
 }
 
-// Eq. 7, the ratio's part of dL/dlogp; `weight` is w times what reaches the token's loss.
-R2VPO_TOKEN float ratio_slope(const Term& policy, const Term& penalty, float weight) {
-  return weight * (policy.slope + penalty.slope);
+// Eq. 7, the part of dL/dlogp through the ratio; `weight` is w times what reaches the token's loss.
+R2VPO_TOKEN float ratio_slope(const Objective& o, const Term& policy, const Term& penalty,
+                              const Term& kl, float weight) {
+  return weight * (policy.ratio_slope + penalty.ratio_slope + o.kl_coef * kl.ratio_slope);
 }
 
-// Eq. 7, the KL term's part.
-R2VPO_TOKEN float kl_slope(const Objective& o, const Term& kl, float weight) {
-  return o.kl == KL::none ? 0.0f : weight * (o.kl_coef * kl.slope);
+// Eq. 7, the rest.
+R2VPO_TOKEN float logp_slope(const Objective& o, const Term& policy, const Term& kl, float weight) {
+  return weight * (policy.logp_slope + o.kl_coef * kl.logp_slope);
 }
 
 // dL/dH.
@@ -150,9 +186,10 @@ R2VPO_TOKEN float entropy_slope(const Objective& o, float weight) {
 // Eq. 7: dL/dlogp of a token that depends on no other one.
 R2VPO_TOKEN float loss_slope(const Objective& o, const Token& token, float logp) {
   const Ratio r = ratio_of(o, raw_log_ratio(o, token, logp));
-  const Term penalty = penalty_term(token, r, token.center);
-  return ratio_slope(policy_term(token, r), penalty, token.weight) +
-         kl_slope(o, kl_term(o, token, logp), token.weight);
+  const Term policy = policy_term(o, token, r, clipped(o, token, r), logp);
+  const Term penalty = penalty_term(token, r, token.center), kl = kl_term(o, token, r, logp);
+  return ratio_slope(o, policy, penalty, kl, token.weight) +
+         logp_slope(o, policy, kl, token.weight);
 }
 
 // Eq. 8 at the label, but for the factor 1/temperature; -expm1(logp) is 1 - p without cancellation

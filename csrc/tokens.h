@@ -107,7 +107,7 @@ R2VPO_TOKEN bool is_nonzero(const Column& c, std::int64_t u, std::int64_t i) {
 R2VPO_TOKEN Numbers numbers_of(const Prepare& p) {
   if (!p.numbers_tensor) return p.numbers;
   const float* x = p.numbers_tensor;
-  return {x[0], x[1], x[2], x[3], x[4], x[5]};
+  return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8]};
 }
 
 // A unit's tokens and group.
@@ -322,6 +322,9 @@ R2VPO_TOKEN bool write_numbers(const Prepare& p, const Numbers& numbers, bool ba
   to[1] = numbers.kl_coef;
   to[2] = numbers.entropy_coef;
   to[3] = bad ? __builtin_nanf("") : factor;
+  to[4] = numbers.clip_low;
+  to[5] = numbers.clip_high;
+  to[6] = numbers.dual_clip;
   for (int k = kTickets; k <= kShardFault; ++k) p.tokens.integers()[k] = 0;
   return bad;
 }
@@ -334,8 +337,8 @@ R2VPO_TOKEN float upstream_at(const Column& upstream, std::int64_t u, std::int64
 // Of valid tokens: what the loss and the metrics are made of.
 struct Totals {
   // Tokens, Σd, Σd², clamped ones, Σ(d - δ), Σw·P, Σw·λ(ρ - c)², Σkl, ΣH, the loss; tokens whose set
-  // has one word, those that have a set, the words of all sets.
-  static constexpr int kSums = 13;
+  // has one word, those that have a set, the words of all sets; tokens clipped below, and above.
+  static constexpr int kSums = 15;
   // Of -d and of d, the largest.
   static constexpr int kExtremes = 2;
 
@@ -350,13 +353,13 @@ struct Totals {
     for (int k = 0; k < kExtremes; ++k) extremes[k] = larger(extremes[k], other.extremes[k]);
   }
 
-  R2VPO_MEMBER void add(const Token& token, const Ratio& r, const Term& policy,
-                        const Term& penalty, const Term& kl, float entropy, float loss,
-                        std::int32_t support_size) {
-    const double w = token.weight, d = r.d, clamped = r.clamped;
+  R2VPO_MEMBER void add(const Token& token, const Ratio& r, const Clipped& clip,
+                        const Term& policy, const Term& penalty, const Term& kl, float entropy,
+                        float loss, std::int32_t support_size) {
+    const double w = token.weight, d = r.d, clamped = r.clamped, low = clip.low, high = clip.high;
     const double single = support_size == 1, has_support = support_size > 0;
     add({{1.0, d, d * d, clamped, d - r.delta, w * policy.value, w * penalty.value, kl.value,
-          entropy, loss, single, has_support, static_cast<double>(support_size)},
+          entropy, loss, single, has_support, static_cast<double>(support_size), low, high},
          {-d, d}});
   }
 
@@ -385,6 +388,8 @@ struct Totals {
         sums[8] / count,
         sums[10] / count,
         sums[11] == 0.0 ? 0.0 : sums[12] / sums[11],
+        sums[13] / count,
+        sums[14] / count,
     };
     for (int k = 0; k < kMetrics; ++k) to[k] = static_cast<float>(metrics[k]);
   }

@@ -168,16 +168,17 @@ void finish(const CpuTarget& target, const Finish& a) {
     std::int64_t valid = 0;
     for_each_ratio(t, o, denominator, a.logps, u,
                    [&](std::int64_t i, const Token& token, const Ratio& r) {
-      const Term policy = policy_term(token, r);
+      const Clipped clip = clipped(o, token, r);
+      const Term policy = policy_term(o, token, r, clip, a.logps[i]);
       const Term penalty = penalty_term(token, r, a.means ? mean : token.center);
-      const Term kl = kl_term(o, token, a.logps[i]);
+      const Term kl = kl_term(o, token, r, a.logps[i]);
       const float entropy = a.entropy ? a.entropy[i] : 0.0f;
       const float loss = loss_value(o, token, policy, penalty, kl, entropy);
       const double weight = t.token_weight(i), d = r.d;
       moment[0] += weight;
       moment[1] += weight * d;
       moment[2] += weight * d * d;
-      total.add(token, r, policy, penalty, kl, entropy, loss,
+      total.add(token, r, clip, policy, penalty, kl, entropy, loss,
                 t.with_support ? t.support_size(i) : 0);
       ++valid;
       if (a.per_token) a.loss[i] = loss;
@@ -187,9 +188,9 @@ void finish(const CpuTarget& target, const Finish& a) {
       if (a.dentropy) a.dentropy[i] = entropy_slope(o, reached);
       if (!a.dlogps) return;
       const float slope =
-          ratio_slope(policy, penalty, reached) - token.weight * center_slope(r, kappa);
-      const float kl_part = kl_slope(o, kl, reached);
-      a.dlogps[i] = t.sequence_level ? kl_part : slope + kl_part;
+          ratio_slope(o, policy, penalty, kl, reached) - token.weight * center_slope(r, kappa);
+      const float own = logp_slope(o, policy, kl, reached);
+      a.dlogps[i] = t.sequence_level ? own : slope + own;
       slopes += slope;
     });
     if (!a.dlogps || !t.sequence_level) return;

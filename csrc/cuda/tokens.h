@@ -290,15 +290,17 @@ R2VPO_DEVICE void run(Machine& machine, const Finish& a) {
         logp = a.logps[i];
         if (a.entropy) entropy = a.entropy[i];
         const Ratio r = ratio_of(o, t.sequence_level ? level.raw : raw_log_ratio(o, token, logp));
-        const Term policy = policy_term(token, r), kl = kl_term(o, token, logp);
+        const Clipped clip = clipped(o, token, r);
+        const Term policy = policy_term(o, token, r, clip, logp), kl = kl_term(o, token, r, logp);
         const Term penalty = penalty_term(token, r, a.means ? mean : token.center);
         loss = loss_value(o, token, policy, penalty, kl, entropy);
         const std::int32_t size = t.with_support ? t.support_size(i) : 0;
-        totals.add(token, r, policy, penalty, kl, entropy, loss, size);
+        totals.add(token, r, clip, policy, penalty, kl, entropy, loss, size);
         const float weight = token.weight * upstream_at(a.upstream, u, i);
-        const float slope =
-            ratio_slope(policy, penalty, weight) - token.weight * center_slope(r, kappa);
-        dlogp = slope + kl_slope(o, kl, weight);
+        const float slope = ratio_slope(o, policy, penalty, kl, weight) -
+                            token.weight * center_slope(r, kappa);
+        dlogp = logp_slope(o, policy, kl, weight);
+        if (!t.sequence_level) dlogp += slope;
         dentropy = entropy_slope(o, weight);
         const double d = r.d, token_weight = t.token_weight(i);
         moments[0] += token_weight;
@@ -318,10 +320,7 @@ R2VPO_DEVICE void run(Machine& machine, const Finish& a) {
     // Eq. 11: the ratio's part is shared out evenly.
     const float slope = static_cast<float>(moments[3] / level.divisor);
     for_each_token(share, begin, end, [&](std::int64_t i) {
-      if (t.label(i) < 0) return;
-      const Token token = t.token(i, denominator);
-      const float weight = token.weight * upstream_at(a.upstream, u, i);
-      a.dlogps[i] = slope + kl_slope(o, kl_term(o, token, a.logps[i]), weight);
+      if (t.label(i) >= 0) a.dlogps[i] += slope;
     });
   });
   over_block(machine, totals);

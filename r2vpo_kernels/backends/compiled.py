@@ -34,8 +34,8 @@ def load(name: str) -> Any:
 # In the order of the structs Tokens and Prepare in csrc/kernels.h; of Prepare, `numbers` and the
 # sampling mask come last.
 _tokens = operator.attrgetter(
-    "workspace", "tokens", "units", "groups", "parts", "on_policy", "sequence_level", "kl",
-    "with_support",
+    "workspace", "tokens", "units", "groups", "parts", "on_policy", "sequence_level",
+    "policy_loss", "kl", "kl_unbiased", "with_support",
 )  # fmt: skip
 _prepare = operator.attrgetter(
     "advantages", "labels", "mask", "old_logps", "importance_weights", "variance_coef",

@@ -16,9 +16,9 @@ _cuda = compiled.load("cuda")
 # The module of tests/support/emulator takes a CPU's tensors.
 SIMULATED: bool = _cuda.EMULATED
 
-# csrc/cuda/tokens.h puts there four numbers of each unit, and fifteen of each of so many blocks.
+# csrc/cuda/tokens.h puts there four numbers of each unit, and seventeen of each of so many blocks.
 MOMENTS = 4
-TOTALS = 15
+TOTALS = 17
 MOST_BLOCKS = 512
 
 

@@ -32,6 +32,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 NAN = math.nan
 NUMBERS = (
     "variance_coef", "temperature", "factor", "kl_coef", "entropy_coef", "log_ratio_clamp",
+    "clip_low", "clip_high", "dual_clip",
 )  # fmt: skip
 
 
@@ -185,7 +186,8 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
     numbers = {
         "variance_coef": 0.7, "temperature": 1.3, "factor": get("factor", 3.3),
         "kl_coef": 0.2 if get("kl") else 0.0, "entropy_coef": 0.1 if get("entropy") else 0.0,
-        "log_ratio_clamp": get("clamp", 20.0),
+        "log_ratio_clamp": get("clamp", 20.0), "clip_low": get("clip_range", (0.0, 0.0))[0],
+        "clip_high": get("clip_range", (0.0, 0.0))[1], "dual_clip": get("dual_clip", math.inf),
     }  # fmt: skip
     numbers = {name: oracle.f32(x) for name, x in numbers.items()}
     normalizer = torch.tensor(5.5, device=DEVICE) if get("normalizer") else None
@@ -203,7 +205,8 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
     in_order = tuple(numbers[name] for name in NUMBERS)
     tokens = Tokens(
         filled(calls.workspace_size(N, U)), N, U, groups, parts,
-        bool(get("on_policy")), bool(get("sequence_level")), kl, sampling_mask is not None,
+        bool(get("on_policy")), bool(get("sequence_level")), get("policy_loss", "ratio"), kl,
+        bool(get("kl_unbiased")), sampling_mask is not None,
     )  # fmt: skip
     columns = {name: calls.column(name, x, shape, DEVICE) for name, x in tensors.items()}
     common: dict[str, Any] = {
@@ -228,7 +231,7 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
         {name: draw.spread(x) for name, x in tensors.items()},
         None if center is None else center.tolist(), 5.5 if get("normalizer") else None,
         **numbers, **common, on_policy=tokens.on_policy, sequence_level=tokens.sequence_level,
-        kl=kl, sets=sets, missing_full=get("support") == "some missing",
+        policy_loss=tokens.policy_loss, kl=kl, kl_unbiased=tokens.kl_unbiased, sets=sets, missing_full=get("support") == "some missing",
     )  # fmt: skip
     if upstream is None:
         return Call(prepare, expected, logps, entropy, NOTHING, [1.0] * N)
@@ -264,7 +267,11 @@ def calls_of_every_kind(draw: st.DrawFn) -> Call:
         "temperature": pick(None, *per),
         "importance_weights": pick(None, *per),
         "on_policy": pick(False, False, True),
+        "policy_loss": pick("ratio", "clip", "cispo"),
+        "clip_range": pick((0.2, 0.3), (1.0, 4.0)),
+        "dual_clip": pick(math.inf, 1.5),
         "kl": pick(None, "k1", "k2", "k3"),
+        "kl_unbiased": pick(False, True),
         "entropy": pick(False, True),
         "groups": "ids" if kind == "tokens" else pick(None, "ids", "size"),
         "group_dtype": pick(*INTEGERS),
@@ -315,9 +322,9 @@ def check_prepare(backend: Any, c: Call) -> oracle.Prepared:
     assert integers(t, calls.COUNTS, t.parts).sum() == expected.counted
     assert faults(t) == expected.fault
     assert not integers(t, calls.TICKETS, 3).any()
-    numbers = ("log_ratio_clamp", "kl_coef", "entropy_coef")
-    stored = [*(getattr(c.given, name) for name in numbers), expected.factor]
-    assert same_bits(t.workspace[:4], stored)
+    first, last = ("log_ratio_clamp", "kl_coef", "entropy_coef"), NUMBERS[-3:]
+    given = [getattr(c.given, name) for name in (*first, *last)]
+    assert same_bits(t.workspace[:7], [*given[:3], expected.factor, *given[3:]])
     spans = integers(t, calls.HEADER + calls.ROWS * t.tokens, calls.UNIT_ROWS * t.units)
     begins, ends, groups = spans.view(calls.UNIT_ROWS, -1).tolist() if t.units else ([], [], [])
     assert [range(*x) for x in zip(begins, ends, strict=True)] == c.given.units
@@ -444,7 +451,7 @@ def test_no_tokens(backend, layout, options):
         check_call(backend, c, empirical)
         out = run_finish(backend, c, None, per_token=False)
         assert out["loss"] == 0 and not out["stats"].any()
-        assert out["metrics"].tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, *[0.0] * 8]
+        assert out["metrics"].tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, *[0.0] * 10]
 
 
 BAD = {

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from hypothesis import given, settings
+from support.harness import OBJECTIVE_DEFAULTS
 from support.oracle import loss_and_stats
 from support.strategies import IGNORE, cases
 from torch import Tensor
@@ -48,7 +49,8 @@ def for_the_oracle(case, labels: Tensor, keywords: dict):
         name: keywords.get(name, default)
         for name, default in {
             "reduction": None, "normalizer": None, "ratio_level": None, "kl_coef": 0.0,
-            "kl_estimator": "k3", "entropy_coef": 0.0, "log_ratio_clamp": 20.0,
+            "kl_estimator": "k3", "kl_unbiased": False, "entropy_coef": 0.0,
+            "log_ratio_clamp": 20.0, "policy_loss": "ratio", "clip_range": None, "dual_clip": None,
         }.items()
     }  # fmt: skip
     k |= {
@@ -123,15 +125,29 @@ def by_hand(logits: Tensor, tokens: Tokens, with_entropy: bool) -> Tensor:
     if center is None:
         center = group_mean(ratio - 1)
         kappa = group_mean(coef * (ratio - 1 - center))
-    slope = w * ratio * (-tokens.advantages + 2 * coef * (ratio - 1 - center) - 2 * kappa)
+    gain = tokens.advantages
+    own = torch.zeros_like(gain)
+    if tokens.policy_loss == "clip":
+        is_up = (ratio > 1 + tokens.clip_high) & (gain > 0)
+        is_down = (ratio < 1 - tokens.clip_low) & (gain < 0)
+        gain = torch.where(is_up | is_down | ((ratio > tokens.dual_clip) & (gain < 0)), 0.0, gain)
+    if tokens.policy_loss == "cispo":
+        own = -gain * torch.clamp(ratio, 1 - tokens.clip_low, 1 + tokens.clip_high)
+        gain = own.new_zeros(())
+    slope = w * ratio * (-gain + 2 * coef * (ratio - 1 - center) - 2 * kappa)
+    if tokens.ref_logps is not None:
+        q = (tokens.ref_logps - logp).clamp(-clamp, clamp)
+        kl = {"k1": -q, "k2": q**2 / 2, "k3": q.expm1() - q}[tokens.kl_estimator]
+        dkl = {"k1": torch.ones_like(q), "k2": -q, "k3": -q.expm1()}[tokens.kl_estimator]
+        dkl = torch.where((tokens.ref_logps - logp).abs() > clamp, 0.0, dkl)
+        if tokens.kl_unbiased:
+            slope = slope + w * tokens.kl_coef * ratio * kl
+            dkl = ratio * dkl
+        own = own + tokens.kl_coef * dkl
     slope = torch.where(raw.abs() > clamp, 0.0, slope)
     if tokens.ratio_level == "sequence":
         slope = (tokens.sequences.sum(slope) / lengths)[tokens.sequences.index]
-    if tokens.ref_logps is not None:
-        q = tokens.ref_logps - logp
-        dkl = {"k1": torch.ones_like(q), "k2": -q, "k3": -q.clamp(-clamp, clamp).expm1()}
-        dkl = torch.where(q.abs() > clamp, 0.0, dkl[tokens.kl_estimator])
-        slope = slope + w * tokens.kl_coef * dkl
+    slope = slope + w * own
 
     x = logits.reshape(-1, logits.shape[-1]) / tokens.temperature[:, None]
     if tokens.support is not None:
@@ -156,8 +172,7 @@ def test_the_gradients_derived_by_hand_are_those_of_autograd(case):
     out = r2vpo_loss(logits, labels, backend="eager", **keywords)
     (gradient,) = torch.autograd.grad(out.loss.sum(), logits)
 
-    given_ = {"importance_weights": None, "ref_logps": None, "kl_coef": 0.0, "kl_estimator": "k3"}
-    given_ |= keywords
+    given_ = OBJECTIVE_DEFAULTS | keywords
     geometry = ("mask", "group_ids", "num_groups", "group_size", "reduction", "sampling_mask")
     geometry = {name: given_.pop(name) for name in geometry if name in given_}
     batch = Batch.build(

@@ -29,8 +29,10 @@ BATCH_KEYWORDS = (
     "normalizer", "sampling_mask",
 )  # fmt: skip
 OBJECTIVE_DEFAULTS: dict[str, Any] = {
-    "variance_coef": 0.5, "center": "one", "ratio_level": "token", "importance_weights": None,
-    "ref_logps": None, "kl_coef": 0.0, "kl_estimator": "k3", "entropy_coef": 0.0,
+    "policy_loss": "ratio", "clip_range": None, "dual_clip": None, "variance_coef": None,
+    "center": "one", "ratio_level": "token", "importance_weights": None,
+    "ref_logps": None, "kl_coef": 0.0, "kl_estimator": "k3", "kl_unbiased": False,
+    "entropy_coef": 0.0,
     "log_ratio_clamp": 20.0, "temperature": 1.0,
 }  # fmt: skip
 

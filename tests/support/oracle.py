@@ -68,6 +68,19 @@ def loss_and_stats(logits, labels, sequences, k):
         for t in ts:
             center[t] = {"one": 1.0, "group": mean}.get(k["center"], k["means"][g])
 
+    def policy(t):
+        gain, r = k["importance_weights"][t] * k["advantages"][t], ratio[t]
+        if k["policy_loss"] == "ratio":
+            return -gain * r
+        low, high = k["clip_range"]
+        near = torch.clamp(r, 1 - low, 1 + high)
+        if k["policy_loss"] == "cispo":
+            return -gain * near.detach() * logp[t]
+        worse = torch.maximum(-gain * r, -gain * near)
+        if k["dual_clip"] is not None and gain < 0:
+            worse = torch.minimum(worse, -gain * k["dual_clip"])
+        return worse
+
     losses = [logits.sum() * 0 for _ in range(n)]
     for t in rows:
         q = 0.0
@@ -75,9 +88,10 @@ def loss_and_stats(logits, labels, sequences, k):
         if k["ref_logps"] is not None:
             q = clip(k["ref_logps"][t] - logp[t])
             kl = {"k1": -q, "k2": q**2 / 2, "k3": torch.exp(q) - 1 - q}[k["kl_estimator"]]
+            kl = kl * ratio[t] if k["kl_unbiased"] else kl
         entropy = -sum(v.exp() * v for v in rows[t] if v > -math.inf)
         losses[t] = (a[t] / denominator) * (
-            -k["importance_weights"][t] * k["advantages"][t] * ratio[t]
+            policy(t)
             + k["variance_coef"][t] * (ratio[t] - center[t]) ** 2
             + k["kl_coef"] * kl
             - k["entropy_coef"] * entropy

@@ -35,10 +35,13 @@ class Case:
     reduction: str
     center: str
     level: str
+    policy_loss: str
+    dual_clip: bool
     variance_coef: str
     advantages: str
     temperature: str
     kl: str | None
+    kl_unbiased: bool
     entropy: bool
     on_policy: bool
     support: str
@@ -106,7 +109,11 @@ class Case:
             keywords["importance_weights"] = normal(B, T).abs()
         if self.kl:
             keywords["ref_logps"] = logps + 0.5 * normal(B, T)
-            keywords |= {"kl_coef": 0.2, "kl_estimator": self.kl}
+            keywords |= {"kl_coef": 0.2, "kl_estimator": self.kl, "kl_unbiased": self.kl_unbiased}
+        if self.policy_loss != "ratio":
+            keywords |= {"policy_loss": self.policy_loss, "clip_range": (0.2, 0.3)}
+        if self.policy_loss == "clip" and self.dual_clip:
+            keywords["dual_clip"] = 1.4
         groups = 1
         if self.groups == "size":
             groups = 2 if B % 2 == 0 else B
@@ -205,10 +212,13 @@ def cases(draw, **fixed: Any) -> Case:
         reduction=pick("reduction", *REDUCTIONS),
         center=pick("center", "one", "group", "given"),
         level=pick("level", "token", "sequence"),
+        policy_loss=pick("policy_loss", "ratio", "clip", "cispo"),
+        dual_clip=pick("dual_clip", False, True),
         variance_coef=pick("variance_coef", "number", "scalar", "sequence", "token"),
         advantages=pick("advantages", per_sequence, "token"),
         temperature=pick("temperature", "number", "sequence", "token"),
         kl=pick("kl", None, "k1", "k2", "k3"),
+        kl_unbiased=pick("kl_unbiased", False, True),
         entropy=pick("entropy", False, True),
         on_policy=pick("on_policy", False, False, True),
         support=pick("support", "none", *SUPPORTS),

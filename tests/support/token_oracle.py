@@ -18,6 +18,7 @@ FIELDS = (
 METRICS = (
     "ratio/mean", "ratio/var", "ratio/min", "ratio/max", "ratio/ess", "ratio/clamped", "kl/old",
     "loss/policy", "loss/penalty", "kl/ref", "entropy", "support/single", "support/size",
+    "clip/low", "clip/high",
 )  # fmt: skip
 
 
@@ -42,6 +43,9 @@ class Given:
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     log_ratio_clamp: float = 20.0
+    clip_low: float = 0.0
+    clip_high: float = 0.0
+    dual_clip: float = math.inf
     ignore_index: int = -100
     vocabulary: int = 10
     first_word: int = 0
@@ -51,7 +55,9 @@ class Given:
     count_kind: int = 0
     on_policy: bool = False
     sequence_level: bool = False
+    policy_loss: str = "ratio"
     kl: str | None = None
+    kl_unbiased: bool = False
     sets: list | None = None  # of words, one for each token; an empty one is the full vocabulary
     missing_full: bool = False
 
@@ -246,7 +252,74 @@ def means(p, logps, upstream):
     return [list(x) for x in zip(*mu, *kappa, strict=True)]
 
 
-def _kl(kind, ref, logp, clamp):
+@dataclass
+class Term:
+    """Of the loss: its value and its derivatives in the log ratio and in the log-prob besides."""
+
+    value: float = 0.0
+    error: float = 0.0
+    ratio_slope: float = 0.0
+    ratio_slope_size: float = 0.0  # at most: an error of it is relative to this
+    jump: float = 0.0  # what it changes by at an edge that is too near to tell the side
+    logp_slope: float = 0.0
+    logp_slope_error: float = 0.0
+    # Of the clip: whether it binds, and whether that cannot be told.
+    low: tuple[bool, bool] = (False, False)
+    high: tuple[bool, bool] = (False, False)
+
+
+def _policy(given, r, advantage, logp):
+    """Eq. 5 and 21, P."""
+    gains, loses = advantage > 0, advantage < 0
+    # At ε the distance from one is told from it but for its own error and the rounding of ε.
+    low, low_edge, high, high_edge = (
+        x
+        for sign, bound in ((-1, given.clip_low), (1, given.clip_high))
+        for x in (sign * r.d > bound, abs(sign * r.d - bound) <= r.d_error + 2 * U * bound)
+    )
+    highest = 1 + given.clip_high
+    if given.policy_loss == "ratio":
+        low = low_edge = high = high_edge = False
+    elif given.policy_loss == "clip":
+        low, low_edge = low and loses, low_edge and loses
+        if loses:
+            highest = given.dual_clip
+            high = r.ratio > highest
+            high_edge = abs(r.ratio - highest) <= r.ratio * (2 * r.error + 8 * U)
+        high, high_edge = high and (gains or loses), high_edge and (gains or loses)
+    factor = 1 - given.clip_low if low else (highest if high else r.ratio)
+    bound, edge = low or high, low_edge or high_edge
+    # It is continuous: at an edge it is off by as much as ρ.
+    error = abs(factor) * 8 * U + (0.0 if bound and not edge else 2 * r.ratio * r.error)
+    value, size = -advantage * factor, abs(advantage)
+    if given.policy_loss == "cispo":
+        return Term(
+            value * logp, size * error * abs(logp) + 8 * U * abs(value * logp), logp_slope=value,
+            logp_slope_error=size * error, low=(low, low_edge), high=(high, high_edge),
+        )  # fmt: skip
+    slope_size = 0.0 if bound and not edge else size * r.ratio
+    return Term(
+        value, size * error, 0.0 if bound else value, slope_size, slope_size if edge else 0.0,
+        low=(low, low_edge), high=(high, high_edge),
+    )  # fmt: skip
+
+
+def _kl(given, r, ref, logp):
+    """Eq. 5, 6 and 23, m·KL."""
+    (value, error), (slope, slope_error) = _kl_estimate(given.kl, ref, logp, given.log_ratio_clamp)
+    if not given.kl_unbiased:
+        return Term(value, error, logp_slope=slope, logp_slope_error=slope_error)
+    ratio, relative = r.ratio, 2 * r.error + 8 * U
+    error = ratio * (error + (abs(value) + error) * relative)
+    slope_error = ratio * (slope_error + (abs(slope) + slope_error) * relative)
+    # Its slope in the log ratio is its value.
+    return Term(
+        ratio * value, error, ratio * value, ratio * abs(value), logp_slope=ratio * slope,
+        logp_slope_error=slope_error,
+    )  # fmt: skip
+
+
+def _kl_estimate(kind, ref, logp, clamp):
     """Eq. 6 and 23: (value, bound), (slope, bound)."""
     if kind is None:
         return (0.0, 0.0), (0.0, 0.0)
@@ -275,45 +348,51 @@ def finish(p, logps, entropy, upstream, center):
     of = ratios(p, logps)
     moments = [[[0.0, 0.0] for _ in range(given.groups)] for _ in range(3)]
     loss, dlogps, dentropy = ([[0.0, 0.0] for _ in range(n)] for _ in range(3))
-    policies, penalties, kls, entropies = [], [], [], []
+    policies, penalties, kls, entropies, clips = [], [], [], [], []
     for group, unit in _members(p):
         ratio_parts = {}
         for i in unit:
             r, f = of[i], {name: column[i] for name, column in p.fields.items()}
-            w, coef, size = f["weight"] / p.denominator, f["variance_coef"], abs(f["advantages"])
+            w, coef = f["weight"] / p.denominator, f["variance_coef"]
             c, kappa = (center[group], center[given.groups + group]) if center else (f["center"], 0)
             gap, reached = r.d - c, upstream[i] * w
             h = entropy[i] if entropy else 0.0
-            policy, penalty = -f["advantages"] * r.ratio, coef * gap**2
-            (kl, kl_error), (dkl, dkl_error) = _kl(
-                given.kl, f["ref_logps"], logps[i], given.log_ratio_clamp
-            )
+            penalty = coef * gap**2
+            policy = _policy(given, r, f["advantages"], logps[i])
+            kl = _kl(given, r, f["ref_logps"], logps[i])
             # As `value_bound` and `g_bound` of tolerance.py.
-            policy_error = r.ratio * size * (2 * r.error + 8 * U)
             gap_error = 8 * U * abs(c)
             penalty_error = 2 * coef * abs(gap) * r.ratio * (2 * r.error + 8 * U)
             penalty_error += coef * abs(gap) * (2 * gap_error + 8 * U * abs(gap))
             penalty_error += coef * (2 * r.ratio * r.error + gap_error) ** 2
             loss[i] = [
-                w * (policy + penalty + given.kl_coef * kl - given.entropy_coef * h),
-                w * (policy_error + penalty_error + abs(given.kl_coef) * kl_error)
+                w * (policy.value + penalty + given.kl_coef * kl.value - given.entropy_coef * h),
+                w * (policy.error + penalty_error + abs(given.kl_coef) * kl.error)
                 + w * abs(given.entropy_coef * h) * 8 * U,
             ]
-            slope = reached * r.ratio * (2 * coef * gap - f["advantages"]) - 2 * w * r.ratio * kappa
-            largest = abs(reached) * r.ratio * (size + 2 * coef * (r.ratio + abs(gap)))
-            largest += 2 * w * r.ratio * abs(kappa)
+            slope = policy.ratio_slope + 2 * coef * gap * r.ratio + given.kl_coef * kl.ratio_slope
+            slope = reached * slope - 2 * w * r.ratio * kappa
+            largest = policy.ratio_slope_size + 2 * coef * r.ratio * (r.ratio + abs(gap))
+            largest += abs(given.kl_coef) * kl.ratio_slope_size
+            largest = abs(reached) * largest + 2 * w * r.ratio * abs(kappa)
             error = largest * (2 * r.error + 8 * U)
-            error += abs(reached) * r.ratio * 2 * coef * gap_error
+            error += abs(reached) * (r.ratio * 2 * coef * gap_error + policy.jump)
+            if given.kl_unbiased:
+                error += abs(reached * given.kl_coef) * kl.error
             if r.clamped:
                 slope, error = 0.0, 0.0
             ratio_parts[i] = slope, error + (largest if r.at_edge else 0.0)
             dlogps[i] = [
-                reached * given.kl_coef * dkl, abs(reached * given.kl_coef) * dkl_error
-            ]  # fmt: skip
+                reached * (policy.logp_slope + given.kl_coef * kl.logp_slope),
+                abs(reached) * policy.logp_slope_error
+                + abs(reached * given.kl_coef) * kl.logp_slope_error
+                + 8 * U * abs(reached * policy.logp_slope),
+            ]
             dentropy[i] = [-reached * given.entropy_coef, 8 * U * abs(reached * given.entropy_coef)]
-            policies.append((w * policy, w * policy_error))
+            policies.append((w * policy.value, w * policy.error))
             penalties.append((w * penalty, w * penalty_error))
-            kls.append((kl, kl_error))
+            kls.append((kl.value, kl.error))
+            clips.append((policy.low, policy.high))
             entropies.append((h, 8 * U * abs(h)))
             a, d, e = f["weight"], r.d, r.d_error
             terms = (
@@ -339,12 +418,12 @@ def finish(p, logps, entropy, upstream, center):
         "stats": [[pair[k] for moment in moments for pair in moment] for k in range(2)],
     }
     sizes = [p.supports[i][2] for i in of]
-    metrics = _metrics(list(of.values()), policies, penalties, kls, entropies, sizes)
+    metrics = _metrics(list(of.values()), policies, penalties, kls, entropies, sizes, clips)
     result["metrics"] = [list(x) for x in zip(*(metrics[name] for name in METRICS), strict=True)]
     return result
 
 
-def _metrics(of, policies, penalties, kls, entropies, sizes):
+def _metrics(of, policies, penalties, kls, entropies, sizes, clips):
     count = max(len(of), 1)
 
     def total(pairs):
@@ -391,6 +470,8 @@ def _metrics(of, policies, penalties, kls, entropies, sizes):
         "entropy": mean(entropies),
         "support/single": (sizes.count(1) / count, 0.0),
         "support/size": (sum(sizes) / max(len(sizes) - sizes.count(0), 1), 0.0),
+        "clip/low": mean([low for low, _ in clips]),
+        "clip/high": mean([high for _, high in clips]),
     }
 
 

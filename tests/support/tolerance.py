@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from r2vpo_kernels import reference
-from r2vpo_kernels.reference import Tokens
+from r2vpo_kernels.reference import Tokens, TokenTerms
 
 U = 2.0**-24
 
@@ -37,6 +37,24 @@ class Truth:
 
 def _weighted_mean(tokens: Tokens, x: Tensor) -> Tensor:
     return tokens.groups.spread(tokens.groups.mean(x, tokens.token_weight))
+
+
+def clip_sides(
+    tokens: Tokens, terms: TokenTerms, ratio: Tensor, relative: Tensor, derror: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the clip of Eq. 5 surely binds, and where ρ is too near to a kink to say its side."""
+    binds = terms.clipped_low | terms.clipped_high
+    if tokens.policy_loss == "ratio":
+        return binds, binds
+    d, gain = terms.ratio_minus_one.detach(), tokens.advantages
+    # The bounds too are rounded.
+    low = (d + tokens.clip_low).abs() <= derror + 2 * U * tokens.clip_low
+    high = (d - tokens.clip_high).abs() <= derror + 2 * U * tokens.clip_high
+    if tokens.policy_loss == "clip":
+        dual = (ratio - tokens.dual_clip).abs() <= ratio * relative
+        low, high = low & (gain < 0), (high & (gain > 0)) | (dual & (gain < 0))
+    at_kink = low | high
+    return binds & ~at_kink, at_kink
 
 
 def find_truth(
@@ -124,20 +142,29 @@ def find_truth(
     by_kappa, dby_kappa = 2 * w * ratio * kappa.abs(), 2 * w * ratio * dkappa
     w = w * upstream.abs()
     gap = (d - center).abs()
-    slope = w * ratio * (advantages + 2 * coef * (ratio + gap)) + by_kappa
-    g_bound = slope * (2 * ddelta + 8 * U)
+    relative = 2 * ddelta + 8 * U  # of ρ
+    derror = 2 * ratio * ddelta + 8 * U * d.abs()
+    held, at_kink = clip_sides(tokens, terms, ratio, relative, derror)
+    own_bound = zero
+    if tokens.policy_loss == "cispo":
+        factor = 1.0 + d.clamp(-tokens.clip_low, tokens.clip_high)
+        dfactor = torch.where(held, 8 * U * factor, ratio * relative)
+        own_bound = w * advantages * dfactor
+        dpolicy = advantages * (dfactor * (size + dlogp) + factor * (dlogp + 8 * U * size))
+        by_ratio = jump = zero
+    else:
+        # P is continuous at a kink, where it is off by no more than ρ; its slope jumps there.
+        dpolicy = torch.where(
+            held, 8 * U * terms.policy.detach().abs(), advantages * ratio * relative
+        )
+        by_ratio = torch.where(held, 0.0, ratio)
+        jump = torch.where(at_kink, w * ratio * advantages, 0.0)
+    slope = w * (by_ratio * advantages + ratio * 2 * coef * (ratio + gap)) + by_kappa
+    g_bound = slope * relative + jump
     # d and c - 1 are each rounded before their difference.
     dgap = dcenter + 8 * U * center.abs()
     g_bound = g_bound + w * ratio * 2 * coef * dgap + dby_kappa
-    raw = values - (values if tokens.old_logps is None else tokens.old_logps)
-    if tokens.ratio_level == "sequence":
-        raw = tokens.sequences.spread(tokens.sequences.mean(raw, valid.double()))
-    at_edge = (raw.abs() - tokens.log_ratio_clamp).abs() <= ddelta
-    g_bound = torch.where(at_edge, g_bound + slope, g_bound)
-    if tokens.ratio_level == "sequence":
-        total = tokens.sequences.mean(g_bound, valid.double())
-        g_bound = tokens.sequences.spread(total) + 8 * U * g.abs()
-    value_bound = w * ratio * (advantages + 2 * coef * gap) * (2 * ddelta + 8 * U)
+    value_bound = w * (dpolicy + ratio * 2 * coef * gap * relative)
     value_bound = value_bound + w * coef * gap * (2 * dgap + 8 * U * gap)
     value_bound = value_bound + w * coef * (2 * ratio * ddelta + dgap) ** 2
     if tokens.ref_logps is not None:
@@ -146,19 +173,33 @@ def find_truth(
         q = (tokens.ref_logps - values).clamp(-tokens.log_ratio_clamp, tokens.log_ratio_clamp)
         at_edge = (q.abs() - tokens.log_ratio_clamp).abs() <= dq
         if tokens.kl_estimator == "k1":
-            slope_bound, slope, value = 8 * U + zero, 1 + zero, dq
+            dkl_slope, kl_slope, dkl = 8 * U + zero, 1 + zero, dq
         elif tokens.kl_estimator == "k2":
-            slope_bound, slope, value = (
-                dq + 8 * U * q.abs(),
-                q.abs(),
-                q.abs() * (dq + 8 * U * q.abs()) + dq**2,
-            )
+            dkl_slope, kl_slope = dq + 8 * U * q.abs(), q.abs()
+            dkl = q.abs() * (dq + 8 * U * q.abs()) + dq**2
         else:
-            slope = q.expm1().abs()
-            slope_bound = 2 * q.exp() * dq + 8 * U * slope
-            value = slope * (dq + 8 * U) + q.exp() * dq + 8 * U * q.abs()
-        g_bound = g_bound + beta * (slope_bound + torch.where(at_edge, slope, 0.0))
-        value_bound = value_bound + beta * value
+            kl_slope = q.expm1().abs()
+            dkl_slope = 2 * q.exp() * dq + 8 * U * kl_slope
+            dkl = kl_slope * (dq + 8 * U) + q.exp() * dq + 8 * U * q.abs()
+        dkl_slope = dkl_slope + torch.where(at_edge, kl_slope, 0.0)
+        if tokens.kl_unbiased:
+            # A product with ρ each, and the value is the slope in the log-ratio too.
+            kl = terms.kl.detach().abs()
+            dkl = ratio * dkl * (1 + relative) + kl * relative
+            dkl_slope = ratio * (dkl_slope * (1 + relative) + kl_slope * relative)
+            slope = slope + beta * kl
+            g_bound = g_bound + beta * dkl
+        own_bound = own_bound + beta * dkl_slope
+        value_bound = value_bound + beta * dkl
+    raw = values - (values if tokens.old_logps is None else tokens.old_logps)
+    if tokens.ratio_level == "sequence":
+        raw = tokens.sequences.spread(tokens.sequences.mean(raw, valid.double()))
+    at_edge = (raw.abs() - tokens.log_ratio_clamp).abs() <= ddelta
+    g_bound = torch.where(at_edge, g_bound + slope, g_bound)
+    if tokens.ratio_level == "sequence":
+        total = tokens.sequences.mean(g_bound, valid.double())
+        g_bound = tokens.sequences.spread(total) + 8 * U * g.abs()
+    g_bound = g_bound + own_bound
 
     # Eq. 22 and 24: entropy, and the gradient of the logits.
     onehot = torch.zeros_like(p).scatter_(-1, labels.clamp(0, vocabulary - 1)[:, None], 1.0)
@@ -178,7 +219,6 @@ def find_truth(
 
     a = tokens.token_weight
     moments = [a, a * d, a * d**2]
-    derror = 2 * ratio * ddelta + 8 * U * d.abs()
     moment_bounds = [8 * U * a, a * derror, a * (2 * d.abs() * derror + derror**2 + 8 * U * d**2)]
     loss_terms = (upstream * terms.loss).detach()
     keep = torch.where(valid[:, None], 1.0, 0.0)
