@@ -158,7 +158,7 @@ def fenchel_coef(
         group_ids=None if group_ids is None else group_ids.reshape(-1),
         num_groups=num_groups,
     )
-    tokens = Tokens.of(batch, Objective(advantages.reshape(-1)), advantages)
+    tokens = Tokens.of(batch, Objective(advantages=advantages.reshape(-1)), advantages)
     x = tokens.advantages
     w = tokens.token_weight * torch.where(tokens.valid, w.reshape(-1).to(x.dtype), 0.0)
     w = check(w, w >= 0, w, "weight", "at least 0")

@@ -30,7 +30,7 @@ from .checks import (
 )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Objective:
     """Tensors are per token or per sequence, `center` per group."""
 
@@ -122,10 +122,24 @@ class Objective:
         else:
             check_choice("center", center, CENTERS)
         return Objective(
-            advantages, old_logps, policy_loss, clip_low, clip_high, dual_clip, variance_coef,
-            center, ratio_level, importance_weights, ref_logps, kl_coef, kl_estimator, kl_unbiased,
-            entropy_coef, temperature, log_ratio_clamp,
-        )  # fmt: skip
+            advantages=advantages,
+            old_logps=old_logps,
+            policy_loss=policy_loss,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            variance_coef=variance_coef,
+            center=center,
+            ratio_level=ratio_level,
+            importance_weights=importance_weights,
+            ref_logps=ref_logps,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_unbiased=kl_unbiased,
+            entropy_coef=entropy_coef,
+            temperature=temperature,
+            log_ratio_clamp=log_ratio_clamp,
+        )
 
 
 def _checked_clip_range(

@@ -234,7 +234,7 @@ class Call:
             numbers, number_vector, with_entropy, backend,
         ) = arguments  # fmt: skip
         if number_vector is not None:
-            numbers = [1.0] * NUMBERS  # not read
+            numbers = [1.0] * (NUMBERS - 1) + [math.inf]  # not read
         if normalized and normalizer is None:
             normalizer = numbers[2]
         sampling_mask = None
@@ -245,21 +245,23 @@ class Call:
             group_size, reduction, normalizer, sampling_mask,
         )  # fmt: skip
         objective = Objective(
-            advantages,
-            old_logps,
-            policy_loss,
-            *numbers[6:],
-            numbers[0] if variance_coef is None else variance_coef,
-            ("group" if empirical_center else "one") if center is None else center,
-            ratio_level,
-            importance_weights,
-            ref_logps,
-            numbers[3],
-            kl_estimator,
-            kl_unbiased,
-            numbers[4],
-            numbers[1] if temperature is None else temperature,
-            numbers[5],
+            advantages=advantages,
+            old_logps=old_logps,
+            policy_loss=policy_loss,
+            variance_coef=numbers[0] if variance_coef is None else variance_coef,
+            center=("group" if empirical_center else "one") if center is None else center,
+            ratio_level=ratio_level,
+            importance_weights=importance_weights,
+            ref_logps=ref_logps,
+            kl_coef=numbers[3],
+            kl_estimator=kl_estimator,
+            kl_unbiased=kl_unbiased,
+            entropy_coef=numbers[4],
+            temperature=numbers[1] if temperature is None else temperature,
+            log_ratio_clamp=numbers[5],
+            clip_low=numbers[6],
+            clip_high=numbers[7],
+            dual_clip=numbers[8],
         )
         return Call(batch, objective, with_entropy, backend, number_vector)
 
@@ -627,9 +629,8 @@ def row_tokens(
     workspace: Tensor, tokens: int, token_ids: Tensor | None = None, layout: Tensor | None = None
 ) -> Tokens:
     """As much of a workspace as the row kernels read."""
-    found = Tokens(
-        workspace, tokens, 0, 0, 0, False, False, "ratio", None, False, token_ids is not None
-    )
+    with_support = token_ids is not None
+    found = Tokens(workspace, tokens, 0, 0, 0, False, False, with_support=with_support)
     if token_ids is not None:
         found.support = support_of(token_ids, 0 if layout is None else int(layout[0]))
     return found
@@ -786,8 +787,8 @@ def prepare_logps(logps: Tensor, entropy: Tensor | None, *flat: Any) -> Any:
 
 
 FINISH = """SymInt groups, bool on_policy, bool sequence_level, str policy_loss, str? kl,
-    bool kl_unbiased, bool with_support, bool empirical_center, bool per_token, bool with_entropy, bool with_slopes,
-    str backend"""
+    bool kl_unbiased, bool with_support, bool empirical_center, bool per_token, bool with_entropy,
+    bool with_slopes, str backend"""
 
 
 def finish_options(call: Call) -> tuple[Any, ...]:

@@ -434,7 +434,7 @@ def clipped(d: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
 def _policy(
     ratio: Tensor, logps: Tensor, clipped_low: Tensor, clipped_high: Tensor, tokens: Tokens
 ) -> Tensor:
-    """Eq. 5, P. With "clip" it is max(-sA·ρ, -sA·clamp(ρ, 1-ε_low, 1+ε_high)), and at most -sA·c."""
+    """Eq. 5, P: with "clip" max(-sA·ρ, -sA·clamp(ρ, 1-ε_low, 1+ε_high)), and -sA·c at most."""
     highest = 1.0 + tokens.clip_high
     if tokens.policy_loss == "clip":
         highest = torch.where(tokens.advantages > 0, highest, tokens.dual_clip)

@@ -136,10 +136,10 @@ class Tokens:
     parts: int
     on_policy: bool
     sequence_level: bool
-    policy_loss: str
-    kl: str | None  # the estimator, where ref_logps were given
-    kl_unbiased: bool
-    with_support: bool  # a sampling mask was given
+    policy_loss: str = "ratio"
+    kl: str | None = None  # the estimator, where ref_logps were given
+    kl_unbiased: bool = False
+    with_support: bool = False  # a sampling mask was given
     support: Support | None = None  # for the row kernels, where one was given
 
     def row(self, index: int) -> Tensor:

@@ -120,8 +120,9 @@ def prepared(labels, vocabulary, length=None, groups=1, sets=None, words=None, *
     level = given.pop("sequence_level", False)
     on_policy = "old_logps" not in given
     t = calls.Tokens(
-        workspace, tokens, units, groups, min(units, 512), on_policy, level, None, sets is not None
-    )
+        workspace, tokens, units, groups, min(units, 512), on_policy, level,
+        with_support=sets is not None,
+    )  # fmt: skip
     columns = {
         name: calls.column(name, x, labels.shape, labels.device)
         for name, x in {"labels": labels, **given}.items()
@@ -131,7 +132,7 @@ def prepared(labels, vocabulary, length=None, groups=1, sets=None, words=None, *
     words = words or range(vocabulary)
     p.vocabulary, p.first_word, p.words = vocabulary, words.start, len(words)
     p.sampling_mask, p.sampling_vocabulary = sets, vocabulary
-    p.count_kind, p.numbers = 1, (0.5, 1.0, 1.0, 0.0, 0.0, 20.0)
+    p.count_kind, p.numbers = 1, (0.5, 1.0, 1.0, 0.0, 0.0, 20.0, 0.0, 0.0, math.inf)
     cuda.prepare(p)
     if sets is not None:
         t.support = ops.support_of(sets.token_ids, words.start)

@@ -1,5 +1,6 @@
 """Laws that hold whatever the values: shifts, splits, slices, masks, repetition."""
 
+import math
 import os
 import subprocess
 import sys
@@ -114,6 +115,87 @@ def test_micro_batches_sum_to_the_batch(backend, device, reduction, center, leve
     for name in ("weight", "d_sum", "d_sq_sum"):
         ours, theirs = getattr(total, name), getattr(whole.stats, name)
         torch.testing.assert_close(ours, theirs, rtol=scale, atol=scale)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("center", ["one", "group"])
+def test_a_clip_that_no_ratio_reaches_is_none(backend, device, center, level):
+    logits, labels, old_logps, advantages, mask = draw(device)
+    common = {
+        "old_logps": old_logps, "advantages": advantages, "mask": mask, "variance_coef": 0.5,
+        "center": center, "ratio_level": level,
+    }  # fmt: skip
+    plain, gradient = run(logits, labels, backend, **common)
+    for dual_clip in None, 1e9:
+        clip = {"policy_loss": "clip", "clip_range": (1.0, 1e9), "dual_clip": dual_clip}
+        out, same = run(logits, labels, backend, **common, **clip)
+        assert torch.equal(out.loss, plain.loss) and torch.equal(same, gradient)
+        assert out.metrics()["clip/low"] == out.metrics()["clip/high"] == 0
+
+
+def test_on_policy_all_policy_losses_have_the_same_gradient(backend, device):
+    logits, labels, _, advantages, mask = draw(device)
+    common = {"old_logps": None, "advantages": advantages, "mask": mask, "variance_coef": 0.5}
+    _, gradient = run(logits, labels, backend, **common)
+    for policy_loss in "clip", "cispo":
+        clip = {"policy_loss": policy_loss, "clip_range": 0.2}
+        assert torch.equal(run(logits, labels, backend, **common, **clip)[1], gradient)
+
+
+# Of a token with an advantage of ±1 and this ratio, with ε = (0.2, 0.3) and c = 2: "clip" and
+# "cispo" scale the gradient of the log-prob by these, and the metrics count the token as clipped.
+CLIPPED = [
+    # advantage, ratio, factor of "clip", of "cispo", low and high of "clip", and of "cispo"
+    (1, 0.5, 0.5, 0.8, (0, 0), (1, 0)),
+    (1, 0.9, 0.9, 0.9, (0, 0), (0, 0)),
+    (1, 1.2, 1.2, 1.2, (0, 0), (0, 0)),
+    (1, 1.5, 0.0, 1.3, (0, 1), (0, 1)),
+    (-1, 0.5, 0.0, 0.8, (1, 0), (1, 0)),
+    (-1, 0.9, 0.9, 0.9, (0, 0), (0, 0)),
+    (-1, 1.5, 1.5, 1.3, (0, 0), (0, 1)),
+    (-1, 2.5, 0.0, 1.3, (0, 1), (0, 1)),
+    (0, 2.5, 0.0, 0.0, (0, 0), (0, 1)),
+]
+
+
+@pytest.mark.parametrize("case", CLIPPED)
+@pytest.mark.parametrize("reduction", ["token-mean", "none"])
+def test_what_each_clip_does_to_a_token(backend, device, case, reduction):
+    advantage, ratio, *factors = case[:4]
+    logits, labels, *_ = draw(device, batch=1, length=1)
+    logps = token_logps(logits, labels, backend="eager")
+    common = {
+        "old_logps": logps - math.log(ratio), "reduction": reduction,
+        "advantages": torch.full((1, 1), float(advantage), device=device),
+    }  # fmt: skip
+    scores = torch.nn.functional.one_hot(labels, logits.shape[-1]) - logits.softmax(-1)
+    kinds = ("clip", {"dual_clip": 2.0}), ("cispo", {})
+    for (policy_loss, dual), factor, shares in zip(kinds, factors, case[4:], strict=True):
+        clip = {"policy_loss": policy_loss, "clip_range": (0.2, 0.3), **dual}
+        out, gradient = run(logits, labels, backend, **common, **clip)
+        torch.testing.assert_close(gradient, -advantage * factor * scores, rtol=1e-5, atol=1e-6)
+        assert (out.metrics()["clip/low"], out.metrics()["clip/high"]) == shares
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k3"])
+def test_the_unbiased_kl_has_the_gradient_of_the_kl(backend, device, kl_estimator):
+    """Of KL(new ‖ ref) itself, in the mean over labels that the behaviour policy drew."""
+    generator = torch.Generator().manual_seed(0)
+    new, old, ref = torch.randn(3, 16, generator=generator).to(device)
+    every = torch.arange(16, device=device)
+    leaf = new.expand(16, -1).clone().requires_grad_()
+    out = r2vpo_loss(
+        leaf, every, old.log_softmax(-1), torch.zeros(16, device=device), variance_coef=0.0,
+        ref_logps=ref.log_softmax(-1), kl_coef=1.0, kl_estimator=kl_estimator, kl_unbiased=True,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(out.loss, leaf, old.softmax(-1))
+    exact = new.double().requires_grad_()
+    log_p = exact.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - ref.double().log_softmax(-1))).sum()
+    (expected,) = torch.autograd.grad(kl, exact)
+    # Sums of 16 numbers of the size of p·KL, each off by a few roundings of float32.
+    torch.testing.assert_close(gradient.sum(0), expected.float(), rtol=0, atol=100 * U)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

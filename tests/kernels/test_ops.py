@@ -61,8 +61,10 @@ def op_arguments(device, kernels, dtype=torch.bfloat16, with_entropy=True, sampl
     sets = sets_of(labels) if sampled else None
     batch = Batch(labels.shape, labels, mask, -100, None, ids, 2, 0, "token-mean", number + 5, sets)
     objective = Objective(
-        advantages, old_logps, number, torch.ones(2, device=device), "token", old_logps * 0 + 1,
-        old_logps - 0.1, 0.1, "k3", 0.1, advantages * 0 + 1.0, 20.0,
+        advantages=advantages, old_logps=old_logps, policy_loss="clip", clip_low=0.2, clip_high=0.3,
+        variance_coef=number, center=torch.ones(2, device=device),
+        importance_weights=old_logps * 0 + 1, ref_logps=old_logps - 0.1, kl_coef=0.1,
+        entropy_coef=0.1, temperature=advantages * 0 + 1.0,
     )  # fmt: skip
     call = ops.Call(batch, objective, with_entropy, kernels)
     flat = call.flat(logits)
@@ -142,7 +144,7 @@ def test_no_kernel_is_reached_with_an_argument_that_is_wrong(op, kernels, device
         else:
             choices = {
                 "backend": "auto", "kl": "k4", "kl_estimator": "k4", "ratio_level": "word",
-                "missing_label": "drop",
+                "missing_label": "drop", "policy_loss": "ppo",
             }  # fmt: skip
             bad = {"unknown": choices[name]} if name in choices else {}
             if name == "missing_label" and good[names.index("token_ids")] is None:
@@ -240,6 +242,8 @@ ROUTES = {
     "group": {"center": "group", "group_size": 1},
     "sequence": {"ratio_level": "sequence", "reduction": "seq-mean-token-mean"},
     "none": {"reduction": "none"},
+    "clip": {"policy_loss": "clip"},
+    "CISPO and unbiased KL": {"policy_loss": "cispo", "kl_coef": 0.1, "kl_unbiased": True},
     "sampled": {"sampled": "error"},
     "sampled, group": {"sampled": "full", "center": "group", "group_size": 1},
 }
@@ -261,17 +265,18 @@ def routes():
 
 @pytest.mark.parametrize("backend, name, compiler", list(routes()))
 def test_fullgraph_with_at_most_one_extra_compilation(device, backend, name, compiler):
-    """Shapes, λ and temperature change between calls; all results stay those of eager mode."""
+    """Shapes, λ, ε and temperature change between calls; all results stay those of eager mode."""
     keywords = dict(ROUTES[name])
     missing_label = keywords.pop("sampled", None)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
 
     def call(logits, labels, old_logps, advantages, coef, temperature, sets):
+        clip = {"clip_range": (coef / 10, coef)} if "policy_loss" in keywords else {}
         out = r2vpo_loss(
             logits * 1, labels, old_logps, advantages, variance_coef=coef,
             temperature=temperature, ref_logps=old_logps - 0.1, sampling_mask=sets,
-            backend=backend, **keywords,
+            backend=backend, **clip, **keywords,
         )  # fmt: skip
         return out.loss, out.stats, out.metrics()
 

@@ -231,7 +231,8 @@ def call(layout: Layout, seed: int = 0, views: bool = False, **options: Any) -> 
         {name: draw.spread(x) for name, x in tensors.items()},
         None if center is None else center.tolist(), 5.5 if get("normalizer") else None,
         **numbers, **common, on_policy=tokens.on_policy, sequence_level=tokens.sequence_level,
-        policy_loss=tokens.policy_loss, kl=kl, kl_unbiased=tokens.kl_unbiased, sets=sets, missing_full=get("support") == "some missing",
+        policy_loss=tokens.policy_loss, kl=kl, kl_unbiased=tokens.kl_unbiased, sets=sets,
+        missing_full=get("support") == "some missing",
     )  # fmt: skip
     if upstream is None:
         return Call(prepare, expected, logps, entropy, NOTHING, [1.0] * N)

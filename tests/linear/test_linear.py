@@ -640,7 +640,9 @@ def test_opcheck(kernels, device, name, with_entropy, kind, sparse):
         labels.shape, labels, reduction="token-mean",
         sampling_mask=None if sets is None else sets.to(device),
     )  # fmt: skip
-    objective = Objective(advantages, old_logps, ref_logps=old_logps - 0.1, kl_coef=0.1)
+    objective = Objective(
+        advantages=advantages, old_logps=old_logps, ref_logps=old_logps - 0.1, kl_coef=0.1
+    )
     call = ops.Call(batch, objective, with_entropy, kernels)
     flat = call.flat(hidden)
     forward = (*head, [False] * 3, sparse, None, *flat)

@@ -54,6 +54,7 @@ def sets_with(word):
 
 SETS = SamplingMask.from_lists([[0, 1]] * 12)
 IDS = torch.tensor([0, 1, 1])
+CLIP = {"policy_loss": "clip", "clip_range": 0.2}
 BAD = {
     # name: (changes, the argument named, words of the message)
     "logits of integers": ({"logits": torch.ones(B, T, V, dtype=torch.long)}, "logits", "int64"),
@@ -109,6 +110,26 @@ BAD = {
     "ranks that are no group": ({"tp_group": [0, 1]}, "tp_group", "list.*ProcessGroup.*None"),
     "an unknown backend": ({"backend": "c"}, "backend", "'c'.*'auto', 'eager', 'triton', 'cpp'"),
     "KL without a reference": ({"kl_coef": 0.1}, "ref_logps", "None.*kl_coef is 0.1"),
+    "an unknown policy loss": (
+        {"policy_loss": "ppo"}, "policy_loss", "'ppo'.*'ratio', 'clip', 'cispo'"
+    ),
+    "a clip without a range": ({"policy_loss": "clip"}, "clip_range", "None.*'clip'"),
+    "CISPO without a range": ({"policy_loss": "cispo"}, "clip_range", "None.*'cispo'"),
+    "a range without a clip": ({"clip_range": 0.2}, "clip_range", "0.2.*None.*'ratio'"),
+    "a negative range": (CLIP | {"clip_range": -0.1}, "clip_range", "-0.1.*0"),
+    "a negative upper range": (CLIP | {"clip_range": (0.2, -0.1)}, "clip_range", "-0.1.*0"),
+    "a lower range above 1": (CLIP | {"clip_range": (1.1, 0.2)}, "clip_range", "1.1.*1"),
+    "a range of three": (CLIP | {"clip_range": (0.1, 0.2, 0.3)}, "clip_range", "ε_low"),
+    "a range of a tensor": (CLIP | {"clip_range": torch.ones(2)}, "clip_range", "Tensor.*number"),
+    "a dual clip of 1": (CLIP | {"dual_clip": 1.0}, "dual_clip", "1.0.*above 1"),
+    "a dual clip without a clip": ({"dual_clip": 3.0}, "dual_clip", "3.0.*None.*'ratio'"),
+    "a dual clip of CISPO": (
+        {"policy_loss": "cispo", "clip_range": 0.2, "dual_clip": 3.0}, "dual_clip", "3.0.*'cispo'"
+    ),
+    "an unbiased KL without a reference": ({"kl_unbiased": True}, "ref_logps", "None.*kl_unbiased"),
+    "an unbiased KL of a number": (
+        {"kl_unbiased": 1, "ref_logps": torch.zeros(B, T)}, "kl_unbiased", "int.*bool"
+    ),
     "ref_logps of another shape": ({"ref_logps": torch.zeros(B)}, "ref_logps", r"\(3,\)"),
     "a KL coefficient tensor": (
         {"kl_coef": torch.ones(2), "ref_logps": torch.zeros(B, T)}, "kl_coef", "Tensor.*number"
@@ -277,7 +298,7 @@ def test_a_bad_label_is_not_written_to_either(kernels, monkeypatch):
     before = memory.clone()
     call = ops.Call(
         Batch(torch.Size((1, 2)), torch.tensor([[3, V]]), reduction="token-mean"),
-        Objective(torch.ones(1)), False, kernels,
+        Objective(advantages=torch.ones(1)), False, kernels,
     )  # fmt: skip
     rows = memory[: 2 * V].view(1, 2, V)
     ops.one_pass_(rows, *call.flat(rows))

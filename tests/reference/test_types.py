@@ -19,6 +19,8 @@ REVEALED = {
     "r2vpo_loss(x, x, None, x, center='group', kl_estimator='k3')": "R2VPOOutput",
     "linear_r2vpo_loss(x, head, x, x, x, softcap=3.0, reduction='none')": "R2VPOOutput",
     "r2vpo_loss_from_logps(x, x, x, entropy=x, center=x, backend='cpp')": "R2VPOOutput",
+    "r2vpo_loss(x, x, x, x, policy_loss='clip', clip_range=(0.2, 0.3), dual_clip=3)": "R2VPOOutput",
+    "r2vpo_loss_from_logps(x, x, x, ref_logps=x, kl_unbiased=True)": "R2VPOOutput",
     "token_logps(x, x)": "Tensor",
     "r2vpo_loss(x, x, None, x, sampling_mask=sets)": "R2VPOOutput",
     "linear_token_logps(x, x, x, sampling_mask=sets[1:])": "Tensor",
@@ -30,6 +32,8 @@ REVEALED = {
 REJECTED = [
     "r2vpo_loss(x, x, None, x, variance_coeff=1.0)",
     "r2vpo_loss(x, x, None, x, center='two')",
+    "linear_r2vpo_loss(x, head, x, x, x, policy_loss='ppo')",
+    "r2vpo_loss(x, x, x, x, policy_loss='clip', clip_range='wide')",
     "r2vpo_loss(x, x, None, x, variance_coef='big')",
     "linear_r2vpo_loss(x, head, x, x, x, inplace=True)",
     "linear_r2vpo_loss(x, head, x, x, x, reduction='mean')",

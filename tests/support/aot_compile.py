@@ -124,7 +124,7 @@ def rows_and_tokens(batch, length, with_groups=True, sampled=False, compact=Fals
     size = calls.HEADER + calls.ROWS * tokens + calls.UNIT_ROWS * units
     return calls.Tokens(
         torch.zeros(size), tokens, units, groups=units if with_groups else 1, parts=min(units, 8),
-        on_policy=False, sequence_level=False, kl=None, with_support=sampled,
+        on_policy=False, sequence_level=False, with_support=sampled,
         support=calls.Support(sets_of(tokens).token_ids, torch.zeros(tokens), batch, compact)
         if sampled else None,
     )  # fmt: skip
