@@ -47,20 +47,34 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 # Seconds of a part: 15 short of eight minutes.
 PART_SECONDS = 465.0
 # Test files, wherever they are below tests/; those of which more is drawn.
-TESTS = ("parity", "laws", "known_bugs", "ops", "linear", "tokens")
+TESTS = ("parity", "laws", "known_bugs", "ops", "linear", "sparse", "tokens")
 DRAWN = ("parity", "laws", "linear")
 TEST_PROCESSES = 8
 # Cells in this order: the most telling first, for a limit cuts off the last.
 GRID = {
     "loss": ["--n", "8192", "16384", "2048", "512", "--v", "151936", "32000", "128256", "262144"],
     "linear": ["--n", "16384", "--h", "4096", "--v", "151936"],
+    "sparse_head": [
+        "--n",
+        "16384",
+        "--h",
+        "4096",
+        "--v",
+        "151936",
+        "--sizes",
+        "20",
+        "--contenders",
+        "triton sparse head",
+        "cuda sparse head",
+    ],
     "overhead": [],
     "tune": ["--v", "151936", "32000", "128256", "262144"],
 }
-# A one-pass loss against a copy of the same bytes; the linear route, in several chunks, against
-# three products in one; bytes per logit against Eq. 15; host time against five lines of torch.
+# A one-pass loss against a copy of the same bytes; the linear route, in several chunks, and the
+# sparse head, for sets of 20 words, against three products in one; bytes per logit against Eq. 15; host time against five lines of torch.
 SLOWEST = 1.15
 SLOWEST_LINEAR = 1.4
+SLOWEST_SPARSE = 1 / 13
 MORE_BYTES = 0.1
 MOST_HOST_TIME = 0.9
 
@@ -333,16 +347,20 @@ def from_logits(limit: float, folder: Path) -> Findings:
     return graded(done, rows, checks, f"{len(copies)} shapes")
 
 
-def from_hidden_states(limit: float, folder: Path) -> Findings:
-    """benchmarks/linear.py: near the time of the three products."""
-    done, rows = grid("linear", folder, limit)
-    checks = {
-        f"{row['contender']} {row['n']:.0f} x {row['v']:.0f} x {row['h']:.0f}, time over products'":
-        at_most(row["over_products"] or None, SLOWEST_LINEAR) | {"note": row["status"]}
-        for row in rows
-        if of_gpu(row, "linear")
-    }  # fmt: skip
-    return graded(done, rows, checks, f"{len(checks)} shapes")
+def over_products(benchmark: str, contender: str, most: float) -> Callable[[float, Path], Findings]:
+    """A benchmark from hidden states: the time over that of the three products."""
+
+    def step(limit: float, folder: Path) -> Findings:
+        done, rows = grid(benchmark, folder, limit)
+        checks = {
+            f"{row['contender']} {row['n']:.0f} x {row['v']:.0f} x {row['h']:.0f}, over products":
+            at_most(row["over_products"] or None, most) | {"note": row["status"]}
+            for row in rows
+            if of_gpu(row, contender)
+        }  # fmt: skip
+        return graded(done, rows, checks, f"{len(checks)} shapes")
+
+    return step
 
 
 def overhead(limit: float, folder: Path) -> Findings:
@@ -524,7 +542,8 @@ PARTS = {
     ],
     "bench": [
         Step("traffic", traffic, 90, 30),
-        Step("linear", from_hidden_states, 120, 60),
+        Step("linear", over_products("linear", "linear", SLOWEST_LINEAR), 120, 60),
+        Step("sparse", over_products("sparse_head", "sparse head", SLOWEST_SPARSE), 90, 45),
         Step("grid", from_logits, 400, 60),
     ],
     "memory": [
