@@ -71,7 +71,8 @@ GRID = {
     "tune": ["--v", "151936", "32000", "128256", "262144"],
 }
 # A one-pass loss against a copy of the same bytes; the linear route, in several chunks, and the
-# sparse head, for sets of 20 words, against three products in one; bytes per logit against Eq. 15; host time against five lines of torch.
+# sparse head, for sets of 20 words, against three products in one; bytes per logit against Eq. 15;
+# host time against five lines of torch.
 SLOWEST = 1.15
 SLOWEST_LINEAR = 1.4
 SLOWEST_SPARSE = 1 / 13
