@@ -1,12 +1,14 @@
 """Processes over gloo that share out a batch: together they get what one process would."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import strategies as st
 from support.harness import check_gradient, truth_of
 from support.ranks import run_on
-from support.strategies import IGNORE, cases, drawn
+from support.strategies import IGNORE, cases, drawn, sampling_mask_of
 from support.tolerance import assert_within
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from r2vpo_kernels import VarianceConstraint, linear_r2vpo_loss, r2vpo_loss
+from r2vpo_kernels.sources.sparse import SparseHead
 
 RANKS, B, T, H, V = 2, 4, 3, 8, 41
 
@@ -143,16 +146,19 @@ class Model(nn.Module):
         return torch.tanh(self.layer(self.embedding(tokens)))
 
 
-def loss_of(hidden, head, rows, share, **keywords):
+def loss_of(hidden, head, rows, share, support="none", **keywords):
     """Of some of the batch's sequences; `share`: of the whole denominator."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, V, (B, T), generator=generator)
+    mask = sampling_mask_of(support, labels, V, generator)
+    if mask is not None:
+        mask = mask[torch.arange(B * T).view(B, T)[rows].flatten()]
     labels[0, 0] = labels[3, 1] = -100
     old_logps = -3.7 + 0.2 * torch.randn(B, T, generator=generator)
     advantages = torch.randn(B, generator=generator)
     return linear_r2vpo_loss(
         hidden(labels[rows].clamp(min=0)), head(), labels[rows], old_logps[rows],
-        advantages[rows], normalizer=(B * T - 2) * share, **keywords,
+        advantages[rows], normalizer=(B * T - 2) * share, sampling_mask=mask, **keywords,
     ).loss  # fmt: skip
 
 
@@ -192,8 +198,9 @@ WRAPPERS = {
 
 def check_models(rank):
     rows = torch.arange(B).chunk(RANKS)[rank]
+    grouped, some = {"center": "group", "group_size": 2}, {"support": "some empty"}
     for wrap, rtol in WRAPPERS.items():
-        for keywords in ({}, {"chunk_tokens": 2}, {"center": "group", "group_size": 2}):
+        for keywords in ({}, {"chunk_tokens": 2}, grouped, some, {**some, **grouped}):
             alone = Model()
             loss_of(
                 alone, lambda alone=alone: alone.head, torch.arange(B), 1, **keywords
@@ -201,7 +208,9 @@ def check_models(rank):
             model = Model()
             hidden, head = wrap(model)
             # Gradients are averaged over ranks.
-            loss_of(hidden, head, rows, 1 / RANKS, **keywords).backward()
+            with patch.object(SparseHead, "logits", autospec=True, side_effect=SparseHead.logits):
+                loss_of(hidden, head, rows, 1 / RANKS, **keywords).backward()
+                assert SparseHead.logits.called == ("support" in keywords)
             for (what, ours), theirs in zip(
                 model.named_parameters(), alone.parameters(), strict=True
             ):

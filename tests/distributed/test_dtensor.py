@@ -1,5 +1,8 @@
 """DTensors over processes: each rank computes with its part, and together they get the whole."""
 
+import functools
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,12 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from r2vpo_kernels import (
+    SamplingMask,
     linear_r2vpo_loss,
     linear_token_logps,
     r2vpo_loss,
     r2vpo_loss_from_logps,
     token_logps,
 )
+from r2vpo_kernels.sources.sparse import SparseHead
 
 # Of logits (B, T, V); five sequences and five words leave some ranks fewer, or none.
 B, T = 5, 3
@@ -169,8 +174,17 @@ def check_entries(rank):
             # The group may be named, too.
             both(lambda x, rest=rest: r2vpo_loss(x, *rest, tp_group=group).loss, logits, placement)
             continue
-        both(lambda x, rest=rest: linear_r2vpo_loss(x, weight, *rest).loss, hidden, placement)
-        both(lambda x, labels=labels_here: linear_token_logps(x, weight, labels), hidden, placement)
+        # Of one word or two, which the sparse head takes.
+        sets = [[y, 9 - y] if y % 2 else [y] for y in labels_here.flatten().tolist()]
+        for mask in (None, SamplingMask.from_lists(sets)):
+            loss, logps = (
+                functools.partial(call, sampling_mask=mask)
+                for call in (linear_r2vpo_loss, linear_token_logps)
+            )
+            with patch.object(SparseHead, "logits", autospec=True, side_effect=SparseHead.logits):
+                both(lambda x, f=loss, rest=rest: f(x, weight, *rest).loss, hidden, placement)
+                both(lambda x, f=logps, y=labels_here: f(x, weight, y), hidden, placement)
+                assert SparseHead.logits.called == (mask is not None)
         both(
             lambda x, rest=rest[1:]: r2vpo_loss_from_logps(
                 x, *rest, entropy=x, entropy_coef=0.1

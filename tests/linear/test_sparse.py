@@ -1,5 +1,7 @@
 """The sparse head: products of the words that sampling kept, alone and beside dense products."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,8 +12,9 @@ from support.strategies import DTYPES, Case, LinearCase, linear_cases, sets_of
 from support.tolerance import Linear
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
-from r2vpo_kernels import SamplingMask, linear_r2vpo_loss, linear_token_logps
+from r2vpo_kernels import SamplingMask, linear_r2vpo_loss, linear_token_logps, sampling
 from r2vpo_kernels.sources import sparse
 
 # Sets that are not all words, so that something is left out.
@@ -19,11 +22,16 @@ KINDS = ("single", "small", "some empty", "some missing")
 
 
 @pytest.fixture(scope="module")
-def always(kernels):
-    """The backend, whose sparse head takes every set, however large."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "DENSE_SPEED", {"elsewhere": 1e-9})
-        yield kernels
+def takes_every_set():
+    """The sparse head, however large a set is."""
+    with patch.object(sparse, "DENSE_SPEED", {"elsewhere": 1e-9}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def always(kernels, takes_every_set):
+    """The backend, whose sparse head takes every set."""
+    return kernels
 
 
 def draw(device, n=40, width=24, vocabulary=50, dtype=torch.float32, kind="small", seed=0):
@@ -126,6 +134,62 @@ def test_a_token_does_not_depend_on_its_batch(always, device):
         backend=always,
     )  # fmt: skip
     assert torch.equal(whole[5:9], part)
+
+
+@pytest.mark.usefixtures("takes_every_set")
+@pytest.mark.parametrize("center", ["one", "group"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_no_bit_of_a_gradient(device, center, use_reentrant):
+    """Of the loss, with its mask as an argument or by closure, and of the layer below it."""
+    (hidden, weight), labels, keywords = draw(device, n=12, kind="some empty")
+    mask = keywords.pop("sampling_mask")
+
+    def loss(x, weight, mask=mask):
+        return linear_r2vpo_loss(
+            x, weight, labels, sampling_mask=mask, center=center, **keywords
+        ).loss
+
+    def again(*arguments):
+        return checkpoint(*arguments, use_reentrant=use_reentrant)
+
+    def found(call):
+        """(gradients, how often kept words' logits were formed)"""
+        hidden.grad = weight.grad = None
+        launches = count_launches(lambda: (call() * 3).backward())
+        return (hidden.grad, weight.grad), launches["head_logits"]
+
+    expected, launches = found(lambda: loss(hidden.tanh(), weight))
+    assert launches == (1 if center == "one" else 2)
+    for more, call in (
+        (0, lambda: loss(again(torch.tanh, hidden), weight)),
+        (1, lambda: again(loss, hidden.tanh(), weight)),
+        (1, lambda: again(loss, hidden.tanh(), weight, mask)),
+    ):
+        gradients, formed = found(call)
+        assert formed == launches + more
+        assert all(map(torch.equal, gradients, expected))
+
+
+@pytest.mark.usefixtures("takes_every_set")
+def test_a_mask_that_was_used_before_changes_no_bit(device):
+    """Once in the order of words it stays so, whatever calls it serves."""
+    leaves, labels, keywords = draw(device, n=12, kind="some empty")
+    used = keywords["sampling_mask"]
+
+    def results(mask):
+        with torch.no_grad():
+            old_logps = linear_token_logps(*leaves, labels, sampling_mask=mask)
+        logps = linear_token_logps(*leaves, labels, sampling_mask=mask)
+        given = keywords | {"old_logps": old_logps, "sampling_mask": mask}
+        out, found = gradients(leaves, labels, given, "auto")
+        return old_logps, logps, out.logps, *found, *torch.autograd.grad(logps.sum(), leaves)
+
+    expected = results(SamplingMask.of(*used.tensors(), used.missing_label))
+    assert torch.equal(*expected[:2])
+    with patch.object(sampling, "order_by_word", wraps=sampling.order_by_word) as order_by_word:
+        for _ in range(2):
+            assert all(map(torch.equal, results(used), expected))
+    assert order_by_word.call_count == 1
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias", "nothing"])
