@@ -2,10 +2,12 @@
 
 Each contender is a function from logits (B, T, V) and a `Task` to a scalar loss, or to log-probs
 where it has no backward, with the objective that it is held to and the bytes that it must move.
+The function reads the objective from the task: one serves R²VPO, PPO's clip and CISPO.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import sys
@@ -19,11 +21,15 @@ from torch import Tensor
 
 from r2vpo_kernels import r2vpo_loss, r2vpo_loss_from_logps, token_logps
 from r2vpo_kernels.backends import registry
+from r2vpo_kernels.checks import PolicyLoss
 
 # Bytes per logit beside the logits: eager torch needs 14 at its peak.
 SCRATCH = 20
 # Ours needs the gradient.
 OUR_SCRATCH = 5
+# What is compared, and what tables call it: R²VPO has no name there.
+POLICY_LOSSES: dict[PolicyLoss, str] = {"ratio": "", "clip": ", clip", "cispo": ", CISPO"}
+CLIP = 0.2
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,16 @@ class Task:
     old_logps: Tensor  # (B, L)
     advantages: Tensor  # (B,)
     variance_coef: float
+    policy_loss: PolicyLoss = dataclasses.field(default="ratio", kw_only=True)
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """Keywords of `r2vpo_loss`."""
+        return {
+            "policy_loss": self.policy_loss,
+            "clip_range": None if self.policy_loss == "ratio" else CLIP,
+            "variance_coef": self.variance_coef,
+        }
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class Contender:
     bytes_moved: traffic with main memory by formula.
     why_not: why it cannot take these logits, or None.
     ours: held to the error budget of the tests; others to a multiple of eager torch's error.
-    variance_coef: λ of the objective that it computes.
+    variance_coef, policy_loss: of the objective that it computes.
     forward_only: returns log-probs, without a gradient.
     overwrites: the logits' memory holds the gradient afterwards.
     scratch: bytes per logit that must be free beside the logits.
@@ -83,10 +99,16 @@ class Contender:
     why_not: Callable[[Tensor], str | None] = lambda logits: None
     ours: bool = False
     variance_coef: float = 2.5
+    policy_loss: PolicyLoss = "ratio"
     forward_only: bool = False
     overwrites: bool = False
     scratch: int = SCRATCH
     skips_last: bool = False
+
+    def with_policy_loss(self, policy_loss: PolicyLoss) -> Contender:
+        """The same function, given tasks with another loss and no penalty."""
+        name = self.name + POLICY_LOSSES[policy_loss]
+        return dataclasses.replace(self, name=name, policy_loss=policy_loss, variance_coef=0.0)
 
 
 # Plain torch.
@@ -96,10 +118,23 @@ def plain_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), -1).gather(-1, labels[..., None])[..., 0]
 
 
-def plain_objective(logps: Tensor, task: Task) -> Tensor:
+def plain_terms(logps: Tensor, task: Task) -> Tensor:
+    """(B, L): the loss of each token."""
+    advantages = task.advantages[:, None]
     ratio = (logps - task.old_logps).exp()
-    penalty = task.variance_coef * (ratio - 1) ** 2
-    return (-task.advantages[:, None] * ratio + penalty).mean()
+    if task.policy_loss == "ratio":
+        policy = -advantages * ratio
+    elif task.policy_loss == "clip":
+        clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+        policy = torch.maximum(-advantages * ratio, -advantages * clipped)
+    else:
+        policy = -advantages * ratio.detach().clamp(1 - CLIP, 1 + CLIP) * logps
+    # Eager PPO computes no penalty of 0 either.
+    return policy + task.variance_coef * (ratio - 1) ** 2 if task.variance_coef else policy
+
+
+def plain_objective(logps: Tensor, task: Task) -> Tensor:
+    return plain_terms(logps, task).mean()
 
 
 def plain_loss(logits: Tensor, task: Task) -> Tensor:
@@ -111,15 +146,24 @@ def compiled_loss() -> Function:
     compiled = torch.compile(_plain_loss_of_tensors, dynamic=False)
 
     def loss(logits: Tensor, task: Task) -> Tensor:
-        return compiled(logits, task.labels, task.old_logps, task.advantages, task.variance_coef)
+        return compiled(
+            logits, task.labels, task.old_logps, task.advantages, task.variance_coef,
+            task.policy_loss,
+        )  # fmt: skip
 
     return loss
 
 
 def _plain_loss_of_tensors(
-    logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor, variance_coef: float
+    logits: Tensor,
+    labels: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    variance_coef: float,
+    policy_loss: PolicyLoss,
 ) -> Tensor:
-    return plain_loss(logits, Task(labels, old_logps, advantages, variance_coef))
+    task = Task(labels, old_logps, advantages, variance_coef, policy_loss=policy_loss)
+    return plain_loss(logits, task)
 
 
 def plain_logps_bytes(sizes: Sizes) -> tuple[int, int]:
@@ -173,7 +217,7 @@ def ours(backend: str) -> list[Contender]:
     def one_pass(logits: Tensor, task: Task, inplace: bool = False) -> Tensor:
         return r2vpo_loss(
             logits, task.labels, task.old_logps, task.advantages, backend=backend,
-            variance_coef=task.variance_coef, inplace=inplace,
+            inplace=inplace, **task.objective,
         ).loss  # fmt: skip
 
     def in_place(logits: Tensor, task: Task) -> Tensor:
@@ -182,9 +226,8 @@ def ours(backend: str) -> list[Contender]:
     def general(logits: Tensor, task: Task) -> Tensor:
         logps = token_logps(logits, task.labels, backend=backend)
         return r2vpo_loss_from_logps(
-            logps, task.old_logps, task.advantages, variance_coef=task.variance_coef,
-            backend=backend,
-        ).loss  # fmt: skip
+            logps, task.old_logps, task.advantages, backend=backend, **task.objective
+        ).loss
 
     def log_probs(logits: Tensor, task: Task) -> Tensor:
         return token_logps(logits, task.labels, backend=backend)
@@ -278,7 +321,7 @@ def _trl_kernels() -> Any:
 
 def contenders() -> list[Contender]:
     """All of them, whether or not they can run here."""
-    return [
+    r2vpo = [
         *(contender for backend in registry.TABLE for contender in ours(backend)),
         Contender("eager", lambda: plain_loss, plain_bytes),
         Contender(
@@ -288,9 +331,12 @@ def contenders() -> list[Contender]:
             forward_only=True,
         ),
         Contender("torch.compile", compiled_loss, compiled_bytes),
-        Contender(
-            "Liger GRPO", liger_loss, general_bytes, _needs("liger_kernel", "packaging"),
-            variance_coef=0.0, overwrites=True, skips_last=True,
-        ),
         Contender("TRL log-probs + loss", trl_loss, general_bytes, _needs("trl")),
-    ]  # fmt: skip
+    ]
+    liger = Contender(
+        "Liger GRPO", liger_loss, general_bytes, _needs("liger_kernel", "packaging"),
+        variance_coef=0.0, overwrites=True, skips_last=True,
+    )  # fmt: skip
+    losses = [contender for contender in r2vpo if not contender.forward_only]
+    others = [name for name in POLICY_LOSSES if name != "ratio"]
+    return [*r2vpo, liger, *(c.with_policy_loss(name) for name in others for c in losses)]

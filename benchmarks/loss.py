@@ -3,6 +3,10 @@
     python benchmarks/loss.py                    # the short grid: 256 tokens, two vocabularies
     python benchmarks/loss.py --full             # four vocabularies, several numbers of tokens
     python benchmarks/loss.py --n 512 --v 128256 --contenders eager torch.compile
+    python benchmarks/loss.py --n 256 --v 151936 --policy-loss ratio clip cispo
+
+The last prints R²VPO, PPO's clip and CISPO in one table: on the same kernels, in five lines of
+eager torch, and by torch.compile of these. The ratio is clipped to 1 ± 0.2, without a penalty.
 
 Each contender must agree with the float64 truth at the shape in question before it is timed.
 Logits come from a stand-in for the model that hands out buffers in turn, together larger than the
@@ -24,7 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the checkout, installed or not.
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from contenders import SCRATCH, Contender, Function, Sizes, Task, contenders  # noqa: E402
+from contenders import (  # noqa: E402
+    POLICY_LOSSES,
+    SCRATCH,
+    Contender,
+    Function,
+    Sizes,
+    Task,
+    contenders,
+)
 from measure import (  # noqa: E402
     MOST_STEPS,
     TIMES,
@@ -49,6 +61,7 @@ SHORT = {"n": [256], "v": [32000, 151936]}
 FULL = {"v": [32000, 128256, 151936, 262144]}
 FULL_N = {"cpu": [256, 1024], "cuda": [1024, 8192, 16384]}
 WARM_UPS = 2
+NAME_WIDTH = 27
 
 COLUMNS = [
     "n", "v", "dtype", "contender", "status", "budget_used", "rms_over_eager",
@@ -165,7 +178,7 @@ def cell(
         )  # fmt: skip
 
     # One truth for each objective.
-    prepared: dict[tuple[float, bool], tuple[Task, Exact]] = {}
+    prepared: dict[tuple[float, bool, str], tuple[Task, Exact]] = {}
     for contender in entrants:
         row = base | {"contender": contender.name, "buffers": count}
         why_not = contender.why_not(pristine)
@@ -174,9 +187,14 @@ def cell(
         if why_not is not None:
             rows.append(row | {"status": f"no: {why_not}"})
             continue
-        kind = contender.variance_coef, contender.skips_last
+        kind = contender.variance_coef, contender.skips_last, contender.policy_loss
         if kind not in prepared:
-            task = make_task(pristine, *kind)
+            task = make_task(
+                pristine,
+                contender.variance_coef,
+                contender.skips_last,
+                policy_loss=contender.policy_loss,
+            )
             prepared[kind] = task, find_exact(pristine, task)
         task, exact = prepared[kind]
         started = time.perf_counter()
@@ -211,13 +229,13 @@ def show(rows: list[Row]) -> None:
     first = rows[0]
     print(f"\n{first['n']} tokens, vocabulary {first['v']}, {first['dtype']}")
     print(
-        f"{'':22}{TIMES}{'peak MB':>9}{'B/logit':>8}{'GB/s':>8}{'copy':>6}  {'budget':>6} "
-        f"{'eager':>5}"
+        f"{'':{NAME_WIDTH}}{TIMES}{'peak MB':>9}{'B/logit':>8}{'GB/s':>8}{'copy':>6}  "
+        f"{'budget':>6} {'eager':>5}"
     )
 
     for row in rows:
         if row["status"] != "timed":
-            print(f"{row['contender']:22}  {row['status']}")
+            print(f"{row['contender']:{NAME_WIDTH}}  {row['status']}")
             continue
         count = row["n"] * row["v"]
         peak = row.get("peak_bytes")
@@ -226,7 +244,7 @@ def show(rows: list[Row]) -> None:
         if "budget_used" in row:
             parity = f"{row['budget_used']:6.2f} {row['rms_over_eager']:5.2f}"
         print(
-            f"{row['contender']:22}{times_text(row)}"
+            f"{row['contender']:{NAME_WIDTH}}{times_text(row)}"
             f"{'' if peak is None else f'{peak / 1e6:.0f}':>9}{traffic:8.3g}"
             f"{row['gb_per_s']:8.3g}{row['share_of_copy']:6.2f}  {parity}"
         )
@@ -269,6 +287,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--n", type=int, nargs="+", help="tokens, at least 2 (default: 256)")
     add("--v", type=int, nargs="+", help="vocabularies (default: 32000 151936)")
     add("--full", action="store_true", help="the large grid, for what --n and --v leave open")
+    add(
+        "--policy-loss", nargs="+", choices=POLICY_LOSSES, default=["ratio"],
+        help="whose contenders, unless --contenders names them (default: ratio, which is R²VPO)",
+    )  # fmt: skip
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add_options(parser, everyone, rounds=5)
     options = parser.parse_args(argv)
@@ -277,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ns, vs = options.n or grid["n"], options.v or grid["v"]
     if min(ns) < 2:
         parser.error("--n: at least 2")
-    entrants = [everyone[name] for name in options.contenders or everyone]
+    asked_for = [c.name for c in everyone.values() if c.policy_loss in options.policy_loss]
+    entrants = [everyone[name] for name in options.contenders or asked_for]
 
     machine = begin(options)
     cells = (

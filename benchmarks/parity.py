@@ -6,14 +6,16 @@ multiple of the error that plain torch makes on the same rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contenders import Contender, Task, plain_logps
+from contenders import Contender, Task, plain_logps, plain_terms
 from from_tests import Truth, check_gradient, output_rounding, truth_of, worst
 from torch import Tensor
+
+from r2vpo_kernels.checks import PolicyLoss
 
 # Rows whose whole gradient is looked at; the loss is that of all rows.
 SAMPLED_ROWS = 8
@@ -49,7 +51,13 @@ class Parity:
     faults: list[str] = field(default_factory=list)
 
 
-def make_task(logits: Tensor, variance_coef: float, skips_last: bool, seed: int = 0) -> Task:
+def make_task(
+    logits: Tensor,
+    variance_coef: float,
+    skips_last: bool,
+    seed: int = 0,
+    policy_loss: PolicyLoss = "ratio",
+) -> Task:
     """Labels drawn from the logits' own softmax, an old policy nearby, advantages of both signs."""
     device = logits.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -72,6 +80,7 @@ def make_task(logits: Tensor, variance_coef: float, skips_last: bool, seed: int 
         shaped(torch.cat(logps) + 0.3 * drift),
         advantages,
         variance_coef,
+        policy_loss=policy_loss,
     )
 
 
@@ -92,7 +101,7 @@ def find_exact(logits: Tensor, task: Task) -> Exact:
             "advantages": advantages[rows],
             "mask": mask[rows],
             "normalizer": float(task.labels.numel()),
-            "variance_coef": task.variance_coef,
+            **task.objective,
         }
         # The bounds of our kernels: plain torch is held to a multiple of them.
         return truth_of(flat[rows], labels[rows], keywords, "kernels")
@@ -110,8 +119,11 @@ def find_exact(logits: Tensor, task: Task) -> Exact:
     sampled = torch.linspace(0, count - 1, min(count, SAMPLED_ROWS), device=logits.device).long()
     sample = truth(sampled)
     leaf = flat[sampled].requires_grad_()
-    ratio = (plain_logps(leaf, labels[sampled]) - old_logps[sampled]).exp()
-    terms = -advantages[sampled] * ratio + task.variance_coef * (ratio - 1) ** 2
+    of_rows = replace(
+        task, labels=labels[sampled, None], old_logps=old_logps[sampled, None],
+        advantages=advantages[sampled],
+    )  # fmt: skip
+    terms = plain_terms(plain_logps(leaf[:, None], of_rows.labels), of_rows)[:, 0]
     (gradient,) = torch.autograd.grad((terms * mask[sampled]).sum() / task.labels.numel(), leaf)
     return Exact(
         loss.sum(),

@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,6 @@ from train_tiny import (
     completion_labels,
     group_advantages,
     make_prompts,
-    ppo_clip,
     right_digits,
     show_progress,
     warm_up,
@@ -157,19 +157,23 @@ class Method:
 
     def loss(
         self, logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor
-    ) -> tuple[Tensor, R2VPOOutput]:
-        if self.kind in ("ppo", "clip"):
-            high = self.epsilon if self.kind == "ppo" else 1.4 * self.epsilon
-            return ppo_clip(logits, labels, old_logps, advantages, self.epsilon, high)
-        coef = self._coef(advantages)
-        self.coef = coef.mean()
+    ) -> R2VPOOutput:
         out = r2vpo_loss(
             logits, labels, old_logps, advantages,
-            variance_coef=coef, center=self.center, group_size=GROUP, return_entropy=True,
+            group_size=GROUP, return_entropy=True, **self._objective(advantages),
         )  # fmt: skip
         if self.kind in ("dual", "additive"):
             self.dual.step(out.stats)
-        return out.loss, out
+        return out
+
+    def _objective(self, advantages: Tensor) -> dict[str, Any]:
+        if self.kind in ("ppo", "clip"):
+            high = self.epsilon if self.kind == "ppo" else 1.4 * self.epsilon
+            # No ratio is below 0.
+            return {"policy_loss": "clip", "clip_range": (min(self.epsilon, 1.0), high)}
+        coef = self._coef(advantages)
+        self.coef = coef.mean()
+        return {"variance_coef": coef, "center": self.center}
 
     def _fixed(self) -> float:
         return 1 / (2 * self.epsilon)
@@ -243,9 +247,9 @@ def train(run: Run, policies: Path) -> list[Row]:
         for groups in torch.randperm(PROMPTS, generator=generator).chunk(MINIBATCHES):
             part = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
             tokens, labels, old_logps, advantages = (x[part] for x in batch)
-            loss, out = method.loss(model(tokens), labels, old_logps, advantages)
+            out = method.loss(model(tokens), labels, old_logps, advantages)
             optimizer.zero_grad()
-            loss.backward()
+            out.loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             cut = would_clip(out, old_logps, advantages)[labels != IGNORE]

@@ -2,6 +2,7 @@
 
     python examples/train_tiny.py                   # R²VPO, its λ set by the dual
     python examples/train_tiny.py --loss ppo-clip   # the same training with PPO's clipped loss
+    python examples/train_tiny.py --loss cispo      # or with CISPO's, clipped to the same range
     python examples/train_tiny.py --seeds 0 1 2     # several seeds, one after another
     python examples/train_tiny.py --top-p 0.9 --sampling-mask
 
@@ -31,20 +32,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from r2vpo_kernels import (
-    R2VPOOutput,
-    SamplingMask,
-    VarianceConstraint,
-    r2vpo_loss,
-    r2vpo_loss_from_logps,
-    token_logps,
-)
+from r2vpo_kernels import SamplingMask, VarianceConstraint, r2vpo_loss, token_logps
 
 DIGITS = 6
 LENGTH = 2 * DIGITS + 1
@@ -53,6 +48,11 @@ IGNORE = -100
 GROUP, PROMPTS, HELD_OUT = 8, 96, 512
 EPOCHS, MINIBATCHES = 2, 4
 CLIP = 0.2
+# What to compare with: the name of --loss, and what it asks of `r2vpo_loss`.
+CLIPPED: dict[str, dict[str, Any]] = {
+    "ppo-clip": {"policy_loss": "clip", "clip_range": CLIP},
+    "cispo": {"policy_loss": "cispo", "clip_range": CLIP},
+}
 
 Row = dict[str, float]
 
@@ -202,28 +202,6 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return (centred / torch.where(deviation == 0, 1.0, deviation)).flatten()
 
 
-def ppo_clip(
-    logits: Tensor,
-    labels: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    low: float = CLIP,
-    high: float = CLIP,
-    sampling_mask: SamplingMask | None = None,
-) -> tuple[Tensor, R2VPOOutput]:
-    """PPO's clipped loss in plain torch, and R²VPO's statistics of the same ratio."""
-    mask = labels != IGNORE
-    logps, entropy = token_logps(logits, labels, sampling_mask=sampling_mask, return_entropy=True)
-    ratio = (logps - old_logps).exp()
-    gain = advantages[:, None] * ratio
-    clipped = advantages[:, None] * ratio.clamp(1 - low, 1 + high)
-    loss = -(torch.minimum(gain, clipped) * mask).sum() / mask.sum()
-    measured = r2vpo_loss_from_logps(
-        logps.detach(), old_logps, advantages, mask=mask, entropy=entropy.detach()
-    )
-    return loss, measured
-
-
 def train(args: argparse.Namespace, seed: int) -> list[Row]:
     """One seed, warm-up included; one row for each batch of rollouts."""
     start = time.perf_counter()
@@ -236,6 +214,8 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
 
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     constraint = VarianceConstraint(args.target, lr=args.dual_lr)
+    # Each step of the dual changes the λ in place.
+    objective = CLIPPED.get(args.loss, {"variance_coef": constraint.coef})
     rows: list[Row] = []
     for step in range(1, args.steps + 1):
         prompts = make_prompts(PROMPTS, generator).repeat_interleave(GROUP, dim=0)
@@ -252,22 +232,14 @@ def train(args: argparse.Namespace, seed: int) -> list[Row]:
             for part in torch.randperm(len(tokens), generator=generator).chunk(MINIBATCHES):
                 batch = model(tokens[part]), labels[part], old_logps[part], advantages[part]
                 sets = kept_sets(kept[part]) if args.sampling_mask else None
+                out = r2vpo_loss(*batch, sampling_mask=sets, return_entropy=True, **objective)
                 if args.loss == "r2vpo":
-                    out = r2vpo_loss(
-                        *batch,
-                        sampling_mask=sets,
-                        variance_coef=constraint.coef,
-                        return_entropy=True,
-                    )
-                    loss = out.loss
                     if args.target_of == "choices":
                         # Where one word was kept ρ is 1: such tokens are in the weight alone.
                         out.stats.weight.mul_(1 - out.metrics()["support/single"])
                     constraint.step(out.stats)
-                else:
-                    loss, out = ppo_clip(*batch, sampling_mask=sets)
                 optimizer.zero_grad()
-                loss.backward()
+                out.loss.backward()
                 norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
                 optimizer.step()
                 stats.append(out.stats)
@@ -352,7 +324,7 @@ def plot(runs: dict[int, list[Row]], loss: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--loss", choices=("r2vpo", "ppo-clip"), default="r2vpo", help="default: %(default)s")
+    add("--loss", choices=("r2vpo", *CLIPPED), default="r2vpo", help="default: %(default)s")
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     add("--seeds", type=int, nargs="+", help="several seeds, one after another, instead of --seed")
     add("--steps", type=int, default=100, help="batches of rollouts (default: %(default)s)")

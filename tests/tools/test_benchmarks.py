@@ -87,6 +87,36 @@ def test_a_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, fault):
     assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
 
 
+def test_clip_and_cispo_run_beside_r2vpo_on_the_same_kernels(tmp_path, monkeypatch):
+    run_here = [c for c in contenders.contenders() if c.name.startswith(("cpp", "eager"))]
+    monkeypatch.setattr(loss, "contenders", lambda: run_here)
+    arguments = ["--n", "8", "--v", "515", "--rounds", "1", "--device", "cpu"]
+    arguments += ["--out", str(tmp_path), "--policy-loss", "ratio", "clip", "cispo"]
+    assert loss.main(arguments) == 0
+    rows = rows_of(tmp_path / "loss.csv")
+    with_gradient = [*OURS[:3], "eager"]
+    others = {f"{name}, {loss}" for name in with_gradient for loss in ("clip", "CISPO")}
+    assert rows.keys() == {"copy", "clone", *OURS, "eager", "eager log-probs", *others}
+    assert all(row["status"] == "timed" for row in rows.values())
+
+
+@pytest.mark.parametrize("policy_loss", ["clip", "cispo"])
+@pytest.mark.parametrize("name", ["cpp one-pass", "eager"])
+def test_without_its_clip_a_loss_is_not_timed(tmp_path, monkeypatch, name, policy_loss):
+    (r2vpo,) = (c for c in contenders.contenders() if c.name == name)
+    right = r2vpo.with_policy_loss(policy_loss)
+
+    def make():
+        return lambda logits, task: r2vpo.make()(
+            logits, dataclasses.replace(task, policy_loss="ratio")
+        )
+
+    wrong = [dataclasses.replace(right, make=make)]
+    monkeypatch.setattr(loss, "contenders", lambda: wrong)
+    _, rows = run(tmp_path, right.name)
+    assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_linear_contenders_are_right_and_recorded(tmp_path, dtype):
     code, rows = run_linear(tmp_path, dtype, *LINEAR, "eager", "CCE", "triton linear")

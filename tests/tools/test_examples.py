@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("loss", ["r2vpo", "ppo-clip"])
+@pytest.mark.parametrize("loss", ["r2vpo", "ppo-clip", "cispo"])
 def test_train_tiny(loss, tmp_path):
     command = [sys.executable, "examples/train_tiny.py", "--loss", loss, "--steps", "2"]
     run = subprocess.run(

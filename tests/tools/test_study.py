@@ -54,16 +54,17 @@ def test_old_rollouts_have_left_the_policy(tmp_path):
     assert 0 < fresh["ratio_var"] < old["ratio_var"]
 
 
-def loss_of(method: str, ratio: float, advantage: float) -> tuple[float, float]:
+def loss_of(
+    method: str, ratio: float, advantage: float, epsilon: float = study.EPSILON
+) -> tuple[float, float]:
     """(the gradient in the log-prob, λ) of a group of equal tokens, of two words."""
-    run = replace(RUN, method=method)
+    run = replace(RUN, method=method, epsilon=epsilon)
     p = 0.3
     logits = torch.tensor([math.log(p), math.log(1 - p)]).repeat(GROUP, 1, 1).requires_grad_()
     labels = torch.zeros(GROUP, 1, dtype=torch.int64)
     old = torch.full((GROUP, 1), math.log(p / ratio))
     taught = Method(run)
-    loss, _ = taught.loss(logits, labels, old, torch.full((GROUP,), advantage))
-    loss.backward()
+    taught.loss(logits, labels, old, torch.full((GROUP,), advantage)).loss.backward()
     # dlogp/dz_y = 1 - p
     return logits.grad[..., 0].sum().item() / (1 - p), taught.coef.item()
 
@@ -90,13 +91,26 @@ def test_the_gradient_of_each_method(method, ratio, advantage):
     assert got == pytest.approx(free + 2 * expected * ratio * (ratio - center), abs=1e-5)
 
 
+def test_a_clip_of_more_than_one_has_no_lower_edge():
+    assert loss_of("ppo-tuned", 0.01, -1.0, epsilon=5.0)[0] == pytest.approx(0.01, rel=1e-5)
+    assert loss_of("ppo-tuned", 7.0, 1.0, epsilon=5.0)[0] == 0.0
+    assert loss_of("clip-higher", 7.0, 1.0, epsilon=5.0)[0] == pytest.approx(-7.0, rel=1e-5)
+
+
 def test_would_clip():
     ratio = torch.tensor([[1.19, 1.21, 0.79], [0.81, 0.79, 1.21], [2.0, 0.1, 1.0]])
     advantages = torch.tensor([0.5, -2.0, 0.0])
     old_logps = torch.full((3, 3), -1.0)
-    out = r2vpo_loss_from_logps(ratio.log() - 1, old_logps, advantages)
-    cut = study.would_clip(out, old_logps, advantages)
+    logps = ratio.log() - 1
+    cut = study.would_clip(
+        r2vpo_loss_from_logps(logps, old_logps, advantages), old_logps, advantages
+    )
     assert cut.tolist() == [[False, True, False], [False, True, False], [False] * 3]
+    # The metrics say the same of the clip itself.
+    clipped = r2vpo_loss_from_logps(
+        logps, old_logps, advantages, policy_loss="clip", clip_range=study.EPSILON
+    ).metrics()
+    assert clipped["clip/low"] + clipped["clip/high"] == cut.float().mean()
 
 
 def test_additive_dual():
