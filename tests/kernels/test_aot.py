@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.aot import REPORTS, TARGETS, compilation, name
+from support.aot import OBJECTIVES, REPORTS, TARGETS, compilation, name
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -22,8 +22,9 @@ def test_every_kernel_was_compiled_once(report):
     kernels, _ = report
     rows = row_kernels(kernels)
     assert len({k["kernel"] for k in rows}) == 4
-    # Two alignments, with entropy or without; float16 has no one-pass and nothing to scale.
-    assert len(rows) == 2 * 2 * (4 + 4 + 2)
+    # Two alignments, with entropy or without; float16 has no one-pass and nothing to scale. One
+    # pass once more with entropy for each kind of objective.
+    assert len(rows) == 2 * 2 * (4 + 4 + 2) + 2 * len(OBJECTIVES)
     sampled = row_kernels(kernels, sampled=True)
     assert len({k["kernel"] for k in sampled}) == 3
     assert len(sampled) == 2 * 2 * 3
@@ -33,8 +34,9 @@ def test_every_kernel_was_compiled_once(report):
     assert len(head) == 4 + 6
     tokens = [k for k in kernels if "variant" in k]
     assert len({k["kernel"] for k in tokens}) == 6
-    # Sequences and units of one token; the plain loss needs no means.
-    assert len(tokens) == 2 * (5 + 6 + 6 + 6)
+    # Sequences and units of one token; the plain loss needs no means. `finish` once more at each
+    # level for each kind of objective.
+    assert len(tokens) == 2 * (5 + 6 + 6 + 6 + 2 * len(OBJECTIVES))
     assert all(k["recompiled"] == 0 for k in kernels), "a size or a stride was specialised on"
 
 

@@ -14,6 +14,14 @@ TARGETS = {
     "sm_100": (("cuda", "100", "32"), 232448),
     "gfx942": (("hip", "gfx942", "64"), 65536),
 }
+# The kinds of objective that `one_pass` and `finish` are compiled for, besides the default.
+OBJECTIVES = {
+    "clip": {"policy_loss": "clip", "kl": None, "kl_unbiased": False},
+    "cispo": {"policy_loss": "cispo", "kl": None, "kl_unbiased": False},
+    "unbiased": {"policy_loss": "ratio", "kl": "k3", "kl_unbiased": True},
+    "clip unbiased": {"policy_loss": "clip", "kl": "k3", "kl_unbiased": True},
+    "cispo unbiased": {"policy_loss": "cispo", "kl": "k3", "kl_unbiased": True},
+}
 REPORTS = {}
 _compilations = {}
 
@@ -49,4 +57,5 @@ def name(kernel):
     peeled = "" if kernel["vocabulary"] == 151936 else " peeled"
     sampled = " sampled" if kernel["sampled"] else ""
     entropy = " entropy" if kernel["entropy"] else ""
-    return f"{kernel['kernel']} {kernel['dtype']}{entropy}{sampled}{peeled}"
+    objective = f" {kernel['objective']}" if "objective" in kernel else ""
+    return f"{kernel['kernel']} {kernel['dtype']}{entropy}{sampled}{objective}{peeled}"

@@ -23,9 +23,13 @@ from triton.runtime import driver
 from r2vpo_kernels.backends import calls
 from r2vpo_kernels.backends import triton as triton_backend
 from r2vpo_kernels.backends.triton import launch
+from r2vpo_kernels.output import METRICS
 from r2vpo_kernels.sampling import SamplingMask
 
+from .aot import OBJECTIVES
 from .sass import kernels_in
+
+PLAIN = {"policy_loss": "ratio", "kl": None, "kl_unbiased": False}
 
 
 class NoDevice:
@@ -118,13 +122,13 @@ def sets_of(tokens):
     return SamplingMask.of(torch.zeros(tokens, dtype=torch.int32), offsets, offsets[0], "full")
 
 
-def rows_and_tokens(batch, length, with_groups=True, sampled=False, compact=False):
+def rows_and_tokens(batch, length, with_groups=True, sampled=False, compact=False, objective=PLAIN):
     """Tokens of a batch as `prepare` would have written them; meta tensors have no pointers."""
     units, tokens = batch, batch * length
     size = calls.HEADER + calls.ROWS * tokens + calls.UNIT_ROWS * units
     return calls.Tokens(
         torch.zeros(size), tokens, units, groups=units if with_groups else 1, parts=min(units, 8),
-        on_policy=False, sequence_level=False, with_support=sampled,
+        on_policy=False, sequence_level=False, **objective, with_support=sampled,
         support=calls.Support(sets_of(tokens).token_ids, torch.zeros(tokens), batch, compact)
         if sampled else None,
     )  # fmt: skip
@@ -155,6 +159,17 @@ def call_rows(vocabulary, dtype, entropy, sampled, shape):
         triton_backend.scale(dlogits, number)
 
 
+def call_one_pass(vocabulary, objective, shape):
+    """One pass with everything, for a kind of objective."""
+    batch, length = shape
+    tokens = rows_and_tokens(batch, length, objective=objective)
+    logits = torch.empty(*shape, vocabulary, dtype=torch.bfloat16)
+    per_token, index = torch.zeros(batch * length), torch.zeros(batch * length, dtype=torch.int64)
+    triton_backend.one_pass(
+        logits, torch.empty_like(logits), tokens, index, length, per_token, per_token
+    )
+
+
 def call_head(dtype, everything, shape):
     """The launches of the sparse head: a plain one, or one with all that there is."""
     batch, length = shape
@@ -182,24 +197,49 @@ def call_head(dtype, everything, shape):
     triton_backend.head_dweight(*head, order, order, dweight, dbias, everything)
 
 
+def call_finish(tokens, upstream):
+    """`finish` of a plain loss or, where there is an upstream gradient, with everything."""
+    per_token = torch.zeros(tokens.tokens)
+    entropy = means = dlogps = dentropy = None
+    loss = torch.zeros(())
+    if upstream is not calls.NOTHING:
+        entropy = dlogps = dentropy = loss = per_token
+        means = torch.zeros(2, tokens.groups)
+    triton_backend.finish(
+        tokens, per_token, entropy, upstream, means, loss, torch.zeros(3, tokens.groups),
+        torch.zeros(len(METRICS)), dlogps, dentropy,
+    )  # fmt: skip
+
+
+def column_of(shape):
+    """A view of a larger tensor."""
+    batch, length = shape
+    spread = torch.zeros(length + 1, batch + 1).t()[:batch, :length]
+    return calls.Column(spread, length + 3, 1)
+
+
+def call_objective(shape, objective, sequence_level):
+    tokens = rows_and_tokens(*shape, objective=objective)
+    tokens.sequence_level = sequence_level
+    call_finish(tokens, column_of(shape))
+
+
 def call_tokens(shape, variant):
     """The launches of `variant` on what is per token: what is there, and how much of it."""
     batch, length = shape
     tokens = rows_and_tokens(batch, length, variant != "plain", variant == "sampled")
     per_token = torch.zeros(batch * length)
-    spread = torch.zeros(length + 1, batch + 1).t()[:batch, :length]
-    column = calls.Column(spread, length + 3, 1)
-    nothing = calls.NOTHING
+    column, upstream = column_of(shape), calls.NOTHING
+    spread = column.tensor
     arguments = calls.Prepare(
         tokens, advantages=column, labels=calls.Column(spread.long(), 1, 1), unit_length=length,
         vocabulary=50 + length, words=50 + length, count_kind=1 + length % 2,
-        mean_over_unit=batch % 2 == 0, numbers=(0.1 * batch, 1.0, 1.0, 0.1, 0.1, 20.0),
+        mean_over_unit=batch % 2 == 0,
+        numbers=(0.1 * batch, 1.0, 1.0, 0.1, 0.1, 20.0, 0.1 * length, 0.1, 3.0),
     )  # fmt: skip
-    entropy = means = dlogps = dentropy = None
-    upstream, loss = nothing, torch.zeros(())
+    entropy = None
     if variant != "plain":
-        entropy = dlogps = dentropy = per_token
-        upstream, loss, means = column, per_token, torch.zeros(2, batch)
+        entropy, upstream = per_token, column
         tokens.kl, tokens.sequence_level = "k3", variant == "sequence"
         number = calls.Column(torch.zeros(length + 1)[length])
         arguments.mask = calls.Column(spread.bool(), length, 1)
@@ -210,16 +250,13 @@ def call_tokens(shape, variant):
         arguments.cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
         arguments.group_ids = torch.zeros(batch, dtype=torch.int64)
         arguments.center = torch.zeros(2 * batch)[:: 1 + batch % 2]
-        arguments.normalizer, arguments.numbers = number.tensor, torch.zeros(6)
+        arguments.normalizer, arguments.numbers = number.tensor, torch.zeros(9)
         arguments.logps_out = arguments.entropy_out = per_token
         arguments.activity = per_token.byte()
         arguments.sampling_mask = sets_of(batch * length) if variant == "sampled" else None
-        triton_backend.means(tokens, per_token, upstream, means)
+        triton_backend.means(tokens, per_token, upstream, torch.zeros(2, batch))
     triton_backend.prepare(arguments)
-    triton_backend.finish(
-        tokens, per_token, entropy, upstream, means, loss, torch.zeros(3, tokens.groups),
-        torch.zeros(13), dlogps, dentropy,
-    )  # fmt: skip
+    call_finish(tokens, upstream)
     parts = torch.zeros(5, batch * length, dtype=torch.float64)
     triton_backend.shard_parts(
         tokens, length, per_token, per_token, per_token, entropy, per_token, parts
@@ -279,6 +316,19 @@ def main():
                     entropy=entropy,
                     sampled=sampled,
                 )
+    for objective, kind in OBJECTIVES.items():
+        for vocabulary in (151936, 50257):
+            report += compiled_by(
+                functools.partial(call_one_pass, vocabulary, kind),
+                sizes,
+                compiled,
+                target,
+                dtype="bfloat16",
+                vocabulary=vocabulary,
+                entropy=True,
+                sampled=False,
+                objective=objective,
+            )
     for everything in (False, True):
         report += compiled_by(
             functools.partial(call_head, torch.bfloat16, everything),
@@ -288,11 +338,21 @@ def main():
             dtype="bfloat16",
             everything=everything,
         )
-    for variant in ("plain", "token", "sequence", "sampled"):
+    variants = {
+        variant: functools.partial(call_tokens, variant=variant)
+        for variant in ("plain", "token", "sequence", "sampled")
+    }
+    for objective, kind in OBJECTIVES.items():
+        for sequence_level in (False, True):
+            variant = f"{objective} {'sequence' if sequence_level else 'token'}"
+            variants[variant] = functools.partial(
+                call_objective, objective=kind, sequence_level=sequence_level
+            )
+    for variant, call in variants.items():
         # Sequences, and units of one token each.
         for sizes in (((2, 2), (2, 16), (3, 5), (16, 16)), ((2, 1), (3, 1), (16, 1))):
             report += compiled_by(
-                lambda shape: call_tokens(shape, variant),  # noqa: B023
+                call,
                 sizes,
                 compiled,
                 target,

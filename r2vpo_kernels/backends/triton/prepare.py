@@ -11,7 +11,10 @@ from .workspace import (
     BEGIN,
     CENTER,
     CLAMP,
+    CLIP_HIGH,
+    CLIP_LOW,
     COUNTS,
+    DUAL_CLIP,
     END,
     ENTROPY_COEF,
     FACTOR,
@@ -127,7 +130,8 @@ def _support(
 
 @triton.jit
 def _store_numbers(
-    workspace, cu_seqlens, normalizer, tokens, units, bad, factor, kl_coef, entropy_coef, clamp
+    workspace, cu_seqlens, normalizer, tokens, units, bad, factor, kl_coef, entropy_coef, clamp,
+    clip_low, clip_high, dual_clip,
 ):  # fmt: skip
     """What is one for the whole batch; returns whether it, or what is given, is bad."""
     if normalizer is not None:
@@ -139,6 +143,9 @@ def _store_numbers(
     tl.store(workspace + CLAMP, clamp)
     tl.store(workspace + KL_COEF, kl_coef)
     tl.store(workspace + ENTROPY_COEF, entropy_coef)
+    tl.store(workspace + CLIP_LOW, clip_low)
+    tl.store(workspace + CLIP_HIGH, clip_high)
+    tl.store(workspace + DUAL_CLIP, dual_clip)
     tl.store(workspace + FACTOR, tl.where(bad, float("nan"), factor))
     tl.store(integers(workspace) + TICKETS, 0)
     tl.store(integers(workspace) + TICKETS + 1, 0)
@@ -175,6 +182,7 @@ def prepare_kernel(
     sparse_head: tl.int32, mean_over_unit: tl.int32, count_kind: tl.int32,
     variance_coef_number: tl.float32, temperature_number: tl.float32, factor: tl.float32,
     kl_coef: tl.float32, entropy_coef: tl.float32, log_ratio_clamp: tl.float32,
+    clip_low: tl.float32, clip_high: tl.float32, dual_clip: tl.float32,
     UNITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -185,6 +193,9 @@ def prepare_kernel(
         kl_coef = tl.load(numbers + 3)
         entropy_coef = tl.load(numbers + 4)
         log_ratio_clamp = tl.load(numbers + 5)
+        clip_low = tl.load(numbers + 6)
+        clip_high = tl.load(numbers + 7)
+        dual_clip = tl.load(numbers + 8)
     bad_sets = False
     if largest is not None:
         bad_sets = tl.load(largest) >= sampling_vocabulary
@@ -336,7 +347,7 @@ def prepare_kernel(
     if program == 0:
         fault |= _store_numbers(
             workspace, cu_seqlens, normalizer, tokens, units, bad_sets, factor, kl_coef,
-            entropy_coef, log_ratio_clamp,
+            entropy_coef, log_ratio_clamp, clip_low, clip_high, dual_clip,
         )  # fmt: skip
     tl.store(workspace + FAULTS + program, fault.to(tl.float32))
 
@@ -365,7 +376,7 @@ def prepare(p) -> None:
             t.tokens, t.units, t.groups, p.unit_length, p.units_per_group, p.ignore_index,
             p.vocabulary, p.first_word, p.words, ids, p.sampling_vocabulary, ids.bit_length(),
             missing_full, int(p.sparse_head), int(p.mean_over_unit), p.count_kind,
-            *((0.0,) * 6 if given else p.numbers),
+            *((0.0,) * 9 if given else p.numbers),
         ),
         UNITS=unit_tile, TOKENS=token_tile,
     )  # fmt: skip

@@ -16,11 +16,12 @@ from .math import (
     KL_ESTIMATORS,
     LN_2,
     LOG2_E,
+    POLICY_LOSSES,
     difference,
     entropy_slope,
     expm1,
-    kl_slope,
     kl_term,
+    logp_slope,
     nan_maximum,
     penalty_term,
     policy_term,
@@ -31,6 +32,9 @@ from .workspace import (
     ADVANTAGE,
     CENTER,
     CLAMP,
+    CLIP_HIGH,
+    CLIP_LOW,
+    DUAL_CLIP,
     ENTROPY_COEF,
     HEADER,
     KL_COEF,
@@ -189,22 +193,26 @@ def _second_look(
 
 @triton.jit
 def _dlogp(
-    logp, workspace, tokens, token, weight, ON_POLICY: tl.constexpr, KL: tl.constexpr
+    logp, workspace, tokens, token, weight,
+    ON_POLICY: tl.constexpr, POLICY: tl.constexpr, KL: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
     """Eq. 7: dL/dlogp of one token from its own numbers."""
     clamp = tl.load(workspace + CLAMP)
     place = workspace + HEADER + token
     old_logp = logp if ON_POLICY else tl.load(place + tokens * OLD_LOGP)
-    _delta, d, ratio, is_clamped = ratio_of(difference(logp, old_logp), clamp)
-    _policy, policy_slope = policy_term(tl.load(place + tokens * ADVANTAGE), ratio, is_clamped)
+    r = ratio_of(difference(logp, old_logp), clamp)
+    policy = policy_term(
+        tl.load(place + tokens * ADVANTAGE), logp, r, tl.load(workspace + CLIP_LOW),
+        tl.load(workspace + CLIP_HIGH), tl.load(workspace + DUAL_CLIP), POLICY,
+    )  # fmt: skip
     coef = tl.load(place + tokens * VARIANCE_COEF)
-    center = tl.load(place + tokens * CENTER)
-    _penalty, penalty_slope = penalty_term(coef, center, d, ratio, is_clamped)
-    slope = ratio_slope(policy_slope, penalty_slope, weight)
-    if KL > 0:
-        _kl, kl_raw_slope = kl_term(logp, tl.load(place + tokens * REF_LOGP), clamp, KL)
-        slope += kl_slope(tl.load(workspace + KL_COEF), kl_raw_slope, weight)
-    return slope
+    penalty = penalty_term(coef, tl.load(place + tokens * CENTER), r)
+    ref_logp = tl.load(place + tokens * REF_LOGP)
+    kl = kl_term(logp, ref_logp, clamp, r, KL, UNBIASED)
+    kl_coef = tl.load(workspace + KL_COEF)
+    slope = ratio_slope(policy, penalty, kl_coef, kl, weight)
+    own = logp_slope(policy, kl_coef, kl, weight)
+    return slope if own is None else slope + own
 
 
 # A row that has a support: the logits of its words go into `values`, from the first of its ids on,
@@ -405,7 +413,7 @@ def one_pass_kernel(
     rows: tl.int32, length: tl.int64, vocabulary: tl.int32, misaligned: tl.int32,
     stride_batch: tl.int64, stride_token: tl.int64,
     grad_stride_batch: tl.int64, grad_stride_token: tl.int64,
-    ON_POLICY: tl.constexpr, KL: tl.constexpr,
+    ON_POLICY: tl.constexpr, POLICY: tl.constexpr, KL: tl.constexpr, UNBIASED: tl.constexpr,
     COMPACT: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -434,7 +442,7 @@ def one_pass_kernel(
                 ENTROPY, COMPACT, ALIGNED, BLOCK, STAGES, STEP,
             )  # fmt: skip
             weight = tl.div_rn(tl.load(workspace + HEADER + tokens * TOKEN_WEIGHT + token), divisor)
-            dlogp = _dlogp(logp, workspace, tokens, token, weight, ON_POLICY, KL)
+            dlogp = _dlogp(logp, workspace, tokens, token, weight, ON_POLICY, POLICY, KL, UNBIASED)
             dentropy = 0.0
             if ENTROPY:
                 dentropy = entropy_slope(tl.load(workspace + ENTROPY_COEF), weight)
@@ -543,7 +551,8 @@ def one_pass(logits, dlogits, tokens, index, first, logps, entropy):
     _launch_with_support(
         one_pass_kernel, logits, dlogits, tokens, index, (logps, entropy), (first, tokens.parts),
         entropy=entropy is not None, persistent=True,
-        ON_POLICY=tokens.on_policy, KL=KL_ESTIMATORS[tokens.kl],
+        ON_POLICY=tokens.on_policy, POLICY=POLICY_LOSSES[tokens.policy_loss],
+        KL=KL_ESTIMATORS[tokens.kl], UNBIASED=tokens.kl_unbiased,
     )  # fmt: skip
 
 

@@ -12,11 +12,12 @@ import triton.language as tl
 from . import launch
 from .math import (
     KL_ESTIMATORS,
+    POLICY_LOSSES,
     center_slope,
     difference,
     entropy_slope,
-    kl_slope,
     kl_term,
+    logp_slope,
     loss_value,
     nan_maximum,
     nan_minimum,
@@ -30,6 +31,9 @@ from .workspace import (
     BEGIN,
     CENTER,
     CLAMP,
+    CLIP_HIGH,
+    CLIP_LOW,
+    DUAL_CLIP,
     END,
     ENTROPY_COEF,
     GROUP,
@@ -49,7 +53,7 @@ from .workspace import (
 # Moments of a unit in `means` and in `finish`; sums of a program in `finish`.
 MEANS_MOMENTS = tl.constexpr(4)
 FINISH_MOMENTS = tl.constexpr(3)
-TOTALS = tl.constexpr(15)
+TOTALS = tl.constexpr(17)
 # Units that the last program adds at a time where they have one group, and where it compares their
 # groups; also the groups whose sums it reads at a time.
 TILE = tl.constexpr(512)
@@ -205,8 +209,7 @@ def means_kernel(
             else:
                 logp = tl.load(logps + token, mask=valid, other=0.0)
                 raw = _raw(place, tokens, logp, valid, ON_POLICY)
-            _delta, d, _ratio, _is_clamped = ratio_of(raw, clamp)
-            d = d.to(tl.float64)
+            d = ratio_of(raw, clamp).d.to(tl.float64)
             weight = tl.load(place + tokens * TOKEN_WEIGHT, mask=valid, other=0.0).to(tl.float64)
             coef = tl.load(place + tokens * VARIANCE_COEF, mask=valid, other=0.0).to(tl.float64)
             coef *= weight * _upstream(upstream, upstream_unit, upstream_token, unit, token, valid)
@@ -253,7 +256,9 @@ def _extreme(scratch, ROW: tl.constexpr, absent, MOST: tl.constexpr):
 
 
 @triton.jit
-def _store_metrics(metrics, scratch, SUPPORT: tl.constexpr, MOST: tl.constexpr):
+def _store_metrics(
+    metrics, scratch, SUPPORT: tl.constexpr, POLICY: tl.constexpr, MOST: tl.constexpr
+):
     valid = _total(scratch, 0, MOST)
     count = tl.maximum(valid, 1.0)
     d_mean = _total(scratch, 1, MOST) / count
@@ -284,6 +289,13 @@ def _store_metrics(metrics, scratch, SUPPORT: tl.constexpr, MOST: tl.constexpr):
         size = (_total(scratch, 14, MOST) / sets).to(tl.float32)
     tl.store(metrics + 11, single)
     tl.store(metrics + 12, size)
+    low = 0.0
+    high = 0.0
+    if POLICY > 0:
+        low = (_total(scratch, 15, MOST) / count).to(tl.float32)
+        high = (_total(scratch, 16, MOST) / count).to(tl.float32)
+    tl.store(metrics + 13, low)
+    tl.store(metrics + 14, high)
 
 
 @launch.Kernel
@@ -291,13 +303,19 @@ def finish_kernel(
     workspace, logps, entropy, upstream, means, loss, stats, metrics, dlogps, dentropy, logps_out,
     entropy_out, scratch, tokens: tl.int64, units: tl.int64, groups: tl.int64, parts: tl.int32,
     upstream_unit: tl.int64, upstream_token: tl.int64,
-    ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr, KL: tl.constexpr, PER_TOKEN: tl.constexpr,
-    SUPPORT: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
+    ON_POLICY: tl.constexpr, SEQUENCE: tl.constexpr, POLICY: tl.constexpr, KL: tl.constexpr,
+    UNBIASED: tl.constexpr, PER_TOKEN: tl.constexpr, SUPPORT: tl.constexpr,
+    UNITS: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Eq. 5 to 7 and 9 to 11 from log-probs."""
+    # Whether a token has a slope besides its share of the sequence's.
+    OWN: tl.constexpr = POLICY == 2 or KL > 0
     clamp = tl.load(workspace + CLAMP)
     kl_coef = tl.load(workspace + KL_COEF)
     entropy_coef = tl.load(workspace + ENTROPY_COEF)
+    clip_low = tl.load(workspace + CLIP_LOW)
+    clip_high = tl.load(workspace + CLIP_HIGH)
+    dual_clip = tl.load(workspace + DUAL_CLIP)
     divisor = denominator(workspace, parts)
     moments = scratch + tl.num_programs(0) * TOTALS
     valid_count = tl.zeros([UNITS, TOKENS], tl.int32)
@@ -315,6 +333,8 @@ def finish_kernel(
     single_count = tl.zeros([UNITS, TOKENS], tl.int32)
     set_count = tl.zeros([UNITS, TOKENS], tl.int32)
     word_count = tl.zeros([UNITS, TOKENS], tl.int64)
+    low_count = tl.zeros([UNITS, TOKENS], tl.int32)
+    high_count = tl.zeros([UNITS, TOKENS], tl.int32)
     for tile in range(tl.program_id(0), tl.cdiv(units, UNITS), tl.num_programs(0)):
         unit, known, begin, end, group = _units(workspace, tokens, units, tile, UNITS)
         longest = tl.max(end - begin)
@@ -337,7 +357,7 @@ def finish_kernel(
                 raw = tl.where(valid, unit_raw, 0.0)
             else:
                 raw = _raw(place, tokens, logp, valid, ON_POLICY)
-            delta, d, ratio, is_clamped = ratio_of(raw, clamp)
+            r = ratio_of(raw, clamp)
             token_weight = tl.load(place + tokens * TOKEN_WEIGHT, mask=valid, other=0.0)
             # Where D is NaN, it is so at masked tokens too.
             weight = tl.where(valid, tl.div_rn(token_weight, divisor), 0.0)
@@ -347,13 +367,12 @@ def finish_kernel(
                 center = unit_center
             else:
                 center = tl.load(place + tokens * CENTER, mask=valid, other=0.0)
-            policy, policy_slope = policy_term(advantage, ratio, is_clamped)
-            penalty, penalty_slope = penalty_term(coef, center, d, ratio, is_clamped)
-            kl = 0.0
+            policy = policy_term(advantage, logp, r, clip_low, clip_high, dual_clip, POLICY)
+            penalty = penalty_term(coef, center, r)
+            ref_logp = tl.load(place + tokens * REF_LOGP, mask=valid, other=0.0)
+            kl = kl_term(logp, ref_logp, clamp, r, KL, UNBIASED)
             if KL > 0:
-                ref_logp = tl.load(place + tokens * REF_LOGP, mask=valid, other=0.0)
-                kl, kl_raw_slope = kl_term(logp, ref_logp, clamp, KL)
-                kl_total += kl.to(tl.float64)
+                kl_total += kl.value.to(tl.float64)
             entropy_t = 0.0
             if entropy is not None:
                 entropy_t = tl.load(entropy + token, mask=valid, other=0.0)
@@ -376,13 +395,16 @@ def finish_kernel(
                 single_count += (size == 1).to(tl.int32)
                 set_count += (size > 0).to(tl.int32)
                 word_count += size.to(tl.int64)
-            clamped_count += (is_clamped & valid).to(tl.int32)
-            policy_total += (weight * policy).to(tl.float64)
-            penalty_total += tl.where(valid, weight * penalty, 0.0).to(tl.float64)
-            old_kl_total += tl.where(valid, d - delta, 0.0).to(tl.float64)
-            lowest = nan_minimum(lowest, tl.where(valid, d, INFINITY))
-            highest = nan_maximum(highest, tl.where(valid, d, -INFINITY))
-            wide = tl.where(valid, d, 0.0).to(tl.float64)
+            if POLICY > 0:
+                low_count += (policy.low & valid).to(tl.int32)
+                high_count += (policy.high & valid).to(tl.int32)
+            clamped_count += (r.clamped & valid).to(tl.int32)
+            policy_total += (weight * policy.value).to(tl.float64)
+            penalty_total += tl.where(valid, weight * penalty.value, 0.0).to(tl.float64)
+            old_kl_total += tl.where(valid, r.d - r.delta, 0.0).to(tl.float64)
+            lowest = nan_minimum(lowest, tl.where(valid, r.d, INFINITY))
+            highest = nan_maximum(highest, tl.where(valid, r.d, -INFINITY))
+            wide = tl.where(valid, r.d, 0.0).to(tl.float64)
             d_total += wide
             d_sq_total += wide * wide
             weight_sum += token_weight.to(tl.float64)
@@ -393,14 +415,16 @@ def finish_kernel(
                 above = weight * _upstream(
                     upstream, upstream_unit, upstream_token, unit, token, valid
                 )
-                slope = ratio_slope(policy_slope, penalty_slope, above)
+                slope = ratio_slope(policy, penalty, kl_coef, kl, above)
                 if means is not None:
-                    slope -= weight * center_slope(ratio, is_clamped, kappa)
+                    slope -= weight * center_slope(r, kappa)
+                own = logp_slope(policy, kl_coef, kl, above)
                 if SEQUENCE:
                     slope_sum += tl.where(valid, slope, 0.0).to(tl.float64)
-                else:
-                    if KL > 0:
-                        slope += kl_slope(kl_coef, kl_raw_slope, above)
+                    slope = own
+                elif OWN:
+                    slope += own
+                if OWN or not SEQUENCE:
                     tl.store(dlogps + token, tl.where(valid, slope, 0.0), mask=inside)
                 if dentropy is not None:
                     slope = tl.where(valid, entropy_slope(entropy_coef, above), 0.0)
@@ -411,21 +435,16 @@ def finish_kernel(
         tl.store(unit_moments + 2 * units, tl.sum(d_sq_sum, 1, keep_dims=True), mask=known)
 
         if SEQUENCE and dlogps is not None:
-            # Eq. 11: each token has the same share of its sequence's slope.
+            # Eq. 11: each token has the same share of its sequence's slope, besides what is there,
+            # which another thread may have stored.
             share = tl.sum(slope_sum, 1, keep_dims=True) / unit_count.to(tl.float64)
+            if OWN:
+                tl.debug_barrier()
             for start in range(0, longest, TOKENS):
                 token, inside, valid = _valid(workspace, begin, end, start, TOKENS)
-                place = workspace + HEADER + token
                 slope = tl.where(valid, share.to(tl.float32), 0.0)
-                if KL > 0:
-                    logp = tl.load(logps + token, mask=valid, other=0.0)
-                    ref_logp = tl.load(place + tokens * REF_LOGP, mask=valid, other=0.0)
-                    token_weight = tl.load(place + tokens * TOKEN_WEIGHT, mask=valid, other=0.0)
-                    above = tl.div_rn(token_weight, divisor) * _upstream(
-                        upstream, upstream_unit, upstream_token, unit, token, valid
-                    )
-                    _kl, kl_raw_slope = kl_term(logp, ref_logp, clamp, KL)
-                    slope += tl.where(valid, kl_slope(kl_coef, kl_raw_slope, above), 0.0)
+                if OWN:
+                    slope += tl.load(dlogps + token, mask=inside, other=0.0)
                 tl.store(dlogps + token, slope, mask=inside)
 
     totals = scratch + tl.program_id(0)
@@ -446,8 +465,11 @@ def finish_kernel(
         tl.store(totals + 12 * programs, tl.sum(single_count).to(tl.float64))
         tl.store(totals + 13 * programs, tl.sum(set_count).to(tl.float64))
         tl.store(totals + 14 * programs, tl.sum(word_count).to(tl.float64))
+    if POLICY > 0:
+        tl.store(totals + 15 * programs, tl.sum(low_count).to(tl.float64))
+        tl.store(totals + 16 * programs, tl.sum(high_count).to(tl.float64))
     if _is_last(workspace, 1):
-        _store_metrics(metrics, scratch, SUPPORT, MOST)
+        _store_metrics(metrics, scratch, SUPPORT, POLICY, MOST)
         if not PER_TOKEN:
             tl.store(loss, _total(scratch, 9, MOST).to(tl.float32))
         sums = moments + units * FINISH_MOMENTS
@@ -497,7 +519,7 @@ def finish(
             dentropy, logps_out, entropy_out, scratch,
         ),
         (t.tokens, t.units, t.groups, t.parts, upstream.stride_unit, upstream.stride_token),
-        ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, KL=KL_ESTIMATORS[t.kl],
-        PER_TOKEN=loss.dim() == 1, SUPPORT=t.with_support, UNITS=unit_tile, TOKENS=token_tile,
-        MOST=launch.MOST_PROGRAMS,
+        ON_POLICY=t.on_policy, SEQUENCE=t.sequence_level, POLICY=POLICY_LOSSES[t.policy_loss],
+        KL=KL_ESTIMATORS[t.kl], UNBIASED=t.kl_unbiased, PER_TOKEN=loss.dim() == 1,
+        SUPPORT=t.with_support, UNITS=unit_tile, TOKENS=token_tile, MOST=launch.MOST_PROGRAMS,
     )  # fmt: skip

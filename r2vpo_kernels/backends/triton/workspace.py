@@ -18,6 +18,9 @@ CLAMP = tl.constexpr(0)
 KL_COEF = tl.constexpr(1)
 ENTROPY_COEF = tl.constexpr(2)
 FACTOR = tl.constexpr(3)
+CLIP_LOW = tl.constexpr(4)
+CLIP_HIGH = tl.constexpr(5)
+DUAL_CLIP = tl.constexpr(6)
 
 # The rows of tokens, after that of the labels, the last three of them integers too, and the rows of
 # units, which are integers.
