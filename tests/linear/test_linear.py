@@ -42,16 +42,6 @@ def route(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["native", "float32"])
-def halves(request):
-    """How a CPU multiplies them, whatever its units; in blocks of which H, V and N need several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("R2VPO_KERNELS_HALF_PRODUCTS", request.param)
-        patch.setattr(module, "SIDE", 8)
-        patch.setattr(module, "ALIGNED", 4)
-        yield request.param
-
-
 def draw(device, batch=4, length=5, dtype=torch.float32, seed=0, vocabulary=V):
     """(hidden, weight, labels, old_logps, advantages)"""
     g = torch.Generator().manual_seed(seed)
