@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Literal, ParamSpec, TypeVar, overload
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -255,6 +256,7 @@ def linear_r2vpo_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
     compact: bool = True,
     policy_loss: PolicyLoss = "ratio",
@@ -342,6 +344,7 @@ def linear_r2vpo_loss(
             bias=bias,
             softcap=softcap,
             logit_scale=logit_scale,
+            logits_dtype=logits_dtype,
             chunk_tokens=chunk_tokens,
             compact=compact,
             sharded=tp_group is not None,
@@ -597,6 +600,7 @@ def linear_token_logps(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
@@ -616,6 +620,7 @@ def linear_token_logps(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
@@ -635,6 +640,7 @@ def linear_token_logps(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
@@ -654,6 +660,7 @@ def linear_token_logps(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
@@ -693,6 +700,7 @@ def linear_token_logps(
             bias=bias,
             softcap=softcap,
             logit_scale=logit_scale,
+            logits_dtype=logits_dtype,
             chunk_tokens=chunk_tokens,
             compact=compact,
             sharded=tp_group is not None,

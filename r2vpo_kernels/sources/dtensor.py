@@ -130,8 +130,8 @@ def _ranks_along(dim: int, mesh: Any) -> list[int]:
 
 def _check_head(name: str, x: Any, hidden: Any) -> None:
     """What `gathered` does with its gradient is wrong where ranks have tokens of their own."""
-    head = x.weight if isinstance(x, torch.nn.Module) else x
-    if is_dtensor(head) and is_dtensor(hidden) and any(p.is_shard() for p in hidden.placements):
+    given = x.parameters() if isinstance(x, torch.nn.Module) else [x]
+    if is_dtensor(*given) and is_dtensor(hidden) and any(p.is_shard() for p in hidden.placements):
         expected = "a plain tensor (full_tensor()) where hidden is a DTensor of sharded tokens"
         raise invalid(name, "a DTensor", f"{expected}, or hidden.to_local()")
 

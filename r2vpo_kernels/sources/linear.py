@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from ..checks import (
 )
 from ..objective import Objective
 from ..sampling import order_by_word
+from .adapter import Adapter, joined, read_head
 from .autograd import (
     Result,
     dense,
@@ -41,16 +43,17 @@ from .autograd import (
     unshared,
 )
 from .dtensor import gathered, is_dtensor
-from .products import Head, Products
+from .products import INPUTS, Head, Products
 from .shard import VocabularyShard, reference_tokens
 from .sparse import SparseHead, is_worthwhile
 
 # The ops; the gradients that are not `wanted` are empty. _HEAD: the fields of Head.
 
-_HEAD = """Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float logit_scale,
-    ScalarType dtype, int chunk_tokens, bool compact, bool[] wanted, bool sparse"""
+_HEAD = """Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b,
+    float? softcap, float logit_scale, ScalarType dtype, ScalarType logits_dtype, int chunk_tokens,
+    bool compact, bool[] wanted, bool sparse"""
 _HEAD_LENGTH = _HEAD.count(",") + 1
-_GRADIENTS = "Tensor, Tensor, Tensor"
+_GRADIENTS = ", ".join(["Tensor"] * INPUTS)
 
 
 def _head_of(arguments: tuple[Any, ...]) -> tuple[Head, tuple[Any, ...]]:
@@ -59,26 +62,42 @@ def _head_of(arguments: tuple[Any, ...]) -> tuple[Head, tuple[Any, ...]]:
 
 
 def _check_head(head: Head, token_ids: Tensor | None) -> None:
-    hidden, weight, bias, wanted = head.hidden, head.weight, head.bias, head.wanted
+    hidden, weight, bias, lora_a, lora_b = head.inputs
     if hidden.dim() != 2:
         raise invalid("hidden", hidden, "shape (N, H)")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
         raise invalid("weight", weight, f"shape (V, {hidden.shape[1]})")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise invalid("bias", bias, f"shape ({weight.shape[0]},)")
-    if len(wanted) != 3 or (bias is None and wanted[2]):
-        raise invalid("wanted", wanted, "three booleans, of gradients that there are")
-    if head.sparse and (token_ids is None or not head.compact):
-        raise invalid("sparse", True, "False without a sampling mask or compact")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None:
-            check_device(name, value, hidden.device)
+    wide = reference.compute_dtype(head.dtype)
+    if head.logits_dtype not in (head.dtype, wide):
+        raise invalid("logits_dtype", head.logits_dtype, f"{head.dtype} or {wide}")
+    if (lora_a is None) != (lora_b is None):
+        raise invalid("lora_b", lora_b, "a tensor where lora_a is one")
+    if lora_a is not None and lora_b is not None:
+        if lora_a.dim() != 2 or lora_a.shape[1] != hidden.shape[1]:
+            raise invalid("lora_a", lora_a, f"shape (R, {hidden.shape[1]})")
+        if lora_b.shape != (weight.shape[0], lora_a.shape[0]):
+            raise invalid("lora_b", lora_b, f"shape ({weight.shape[0]}, {lora_a.shape[0]})")
+        for name, value in (("lora_a", lora_a), ("lora_b", lora_b)):
+            if value.dtype not in (head.dtype, wide) or value.dtype != lora_a.dtype:
+                raise invalid(name, value, f"{head.dtype} or {wide}, both the same")
+    wanted = head.wanted
+    if len(wanted) != INPUTS or any(
+        x is None and wants for x, wants in zip(head.inputs, wanted, strict=True)
+    ):
+        raise invalid("wanted", wanted, f"{INPUTS} booleans, of gradients that there are")
+    if head.sparse and (token_ids is None or not head.compact or lora_a is not None):
+        raise invalid("sparse", True, "False without a sampling mask or compact, or with lora_a")
+    for name, x in zip(head._fields, head.inputs, strict=False):
+        if x is not None:
+            check_device(name, x, hidden.device)
 
 
 def _check_call(head: Head, flat: tuple[Any, ...]) -> None:
     hidden, call = head.hidden, ops.Call.of(flat)
     _check_head(head, call.token_ids)
-    ops.check_backend(call.backend, hidden.new_empty(0, dtype=head.dtype))
+    ops.check_backend(call.backend, hidden.new_empty(0, dtype=head.logits_dtype))
     if call.batch.tokens != hidden.shape[0] or call.batch.labels is None:
         raise invalid("labels", call.batch.labels, f"{hidden.shape[0]} integers")
     call.check(hidden.device)
@@ -112,7 +131,7 @@ def _overwrite(kernel: Callable[..., None], logits: Tensor, *arguments: Any) -> 
 def _empty_gradients(head: Head) -> tuple[Tensor, ...]:
     return tuple(
         x.new_empty(x.shape) if wants and x is not None else head.hidden.new_empty(0)
-        for x, wants in zip(head[:3], head.wanted, strict=True)
+        for x, wants in zip(head.inputs, head.wanted, strict=True)
     )
 
 
@@ -160,7 +179,7 @@ def _check_backward(*arguments: Any) -> None:
     hidden = head.hidden
     _check_head(head, token_ids)
     ops.check_layout(layout)
-    ops.check_backend(backend, hidden.new_empty(0, dtype=head.dtype))
+    ops.check_backend(backend, hidden.new_empty(0, dtype=head.logits_dtype))
     names = ("workspace", "logps", "top", "log_total", "entropy")
     ops.check_saved(
         hidden.shape[0], hidden.device, with_entropy, grad_logps=grad_logps,
@@ -250,25 +269,25 @@ def linear_one_pass(*arguments: Any) -> Any:
     return *results, logps, entropy, *products.gradients()
 
 
-# The autograd Functions.
+# The autograd Functions. Their first INPUTS arguments are the first fields of Head.
 
 
-def _forward(hidden, head, bias, options, sparse, shard, asked):
+def _forward(inputs, options, sparse, shard, asked):
     """Of all words, what `linear_logps_forward` finds with these rows of the head."""
-    nothing = [False] * 3
-    forward = functools.partial(linear_logps_forward, hidden, head, bias, *options, nothing, sparse)
+    nothing = [False] * INPUTS
+    forward = functools.partial(linear_logps_forward, *inputs, *options, nothing, sparse)
     if shard is None:
         return forward(None, *asked)
     return shard.combine(forward(shard.layout, *asked), ops.Call.of(asked))
 
 
 def _backward(ctx, saved, *gradients):
-    """Of hidden states, head and bias, from those of log-probs and entropies."""
-    hidden, head, bias, token_ids, offsets, *saved = saved
-    wanted = list(ctx.needs_input_grad[:3])
+    """Of the inputs, from those of log-probs and entropies."""
+    inputs, (token_ids, offsets, *saved) = saved[:INPUTS], saved[INPUTS:]
+    wanted = list(ctx.needs_input_grad[:INPUTS])
     layout = None if ctx.shard is None else ctx.shard.layout
     dhidden, *others = linear_logps_backward(
-        hidden, head, bias, *ctx.options, wanted, ctx.sparse, *saved, *gradients, token_ids, layout,
+        *inputs, *ctx.options, wanted, ctx.sparse, *saved, *gradients, token_ids, layout,
         ctx.with_entropy, ctx.backend, offsets,
     )  # fmt: skip
     if ctx.shard is not None and wanted[0]:
@@ -287,9 +306,10 @@ def _save(ctx, inputs, saved, options, sparse, shard, asked):
 
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, bias, options, sparse, shard, *asked):
-        workspace, *saved = _forward(hidden, head, bias, options, sparse, shard, asked)
-        _save(ctx, (hidden, head, bias), (workspace, *saved), options, sparse, shard, asked)
+    def forward(ctx, hidden, head, bias, lora_a, lora_b, options, sparse, shard, *asked):
+        inputs = hidden, head, bias, lora_a, lora_b
+        workspace, *saved = _forward(inputs, options, sparse, shard, asked)
+        _save(ctx, inputs, (workspace, *saved), options, sparse, shard, asked)
         ctx.set_materialize_grads(False)
         return unshared(saved, any(ctx.needs_input_grad))
 
@@ -306,9 +326,11 @@ class _LinearGeneral(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, head, bias, options, sparse, shard, with_slopes, groups, finish_options, *asked
-    ):
-        saved = _forward(hidden, head, bias, options, sparse, shard, asked)
+        ctx, hidden, head, bias, lora_a, lora_b, options, sparse, shard, with_slopes, groups,
+        finish_options, *asked,
+    ):  # fmt: skip
+        inputs = hidden, head, bias, lora_a, lora_b
+        saved = _forward(inputs, options, sparse, shard, asked)
         workspace, logps, _, _, entropy = saved
         *results, slopes = ops.finish(
             workspace,
@@ -320,7 +342,7 @@ class _LinearGeneral(torch.autograd.Function):
             with_slopes,
             ops.Call.of(asked).backend,
         )
-        _save(ctx, (hidden, head, bias), (*saved, slopes), options, sparse, shard, asked)
+        _save(ctx, inputs, (*saved, slopes), options, sparse, shard, asked)
         ctx.finish_options = groups, *finish_options
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
@@ -330,7 +352,8 @@ class _LinearGeneral(torch.autograd.Function):
     @first_derivative
     def backward(ctx, upstream, *_):
         *saved, slopes = ctx.saved_tensors
-        gradients = row_gradients(*slopes_of(ctx, saved[5:], slopes, upstream))
+        # Past the inputs and what the sampling mask has.
+        gradients = row_gradients(*slopes_of(ctx, saved[INPUTS + 2 :], slopes, upstream))
         return _backward(ctx, saved, *gradients)
 
 
@@ -338,11 +361,12 @@ class _LinearOnePass(torch.autograd.Function):
     """As _OnePass of logits.py: forward finds the gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, head, bias, options, wanted, sparse, *asked):
-        *results, dhidden, dhead, dbias = linear_one_pass(
-            hidden, head, bias, *options, wanted, sparse, *asked
+    def forward(ctx, hidden, head, bias, lora_a, lora_b, options, wanted, sparse, *asked):
+        found = linear_one_pass(
+            hidden, head, bias, lora_a, lora_b, *options, wanted, sparse, *asked
         )
-        ctx.save_for_backward(dhidden, dhead, dbias)
+        results = found[:-INPUTS]
+        ctx.save_for_backward(*found[-INPUTS:])
         ctx.backend = ops.Call.of(asked).backend
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
@@ -352,7 +376,8 @@ class _LinearOnePass(torch.autograd.Function):
     @first_derivative
     def backward(ctx, upstream, *_):
         gradients: list[Tensor | None] = []
-        for gradient, wants in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True):
+        wanted = ctx.needs_input_grad[:INPUTS]
+        for gradient, wants in zip(ctx.saved_tensors, wanted, strict=True):
             if wants:
                 rows = gradient.view(1, -1, gradient.shape[-1])
                 scaled = scale_saved_gradient(rows, upstream, ctx.backend)
@@ -369,9 +394,12 @@ class LinearLogits:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
     softcap: float | None
     logit_scale: float
-    dtype: torch.dtype  # of the products and of the logits
+    dtype: torch.dtype  # of the products
+    logits_dtype: torch.dtype  # the same, or float32
     chunk_tokens: int  # 0: by CHUNK_BYTES
     compact: bool
     backend: str
@@ -386,6 +414,7 @@ class LinearLogits:
         bias: Tensor | None,
         softcap: float | None,
         logit_scale: float,
+        logits_dtype: torch.dtype | None,
         chunk_tokens: int | None,
         compact: bool,
         sharded: bool,
@@ -396,7 +425,9 @@ class LinearLogits:
             raise invalid("hidden", hidden, "shape (B, T, H), or (N, H) packed, with H at least 1")
         width = hidden.shape[-1]
         check_labels(labels, hidden.shape[:-1], "hidden less H")
-        weight, bias = _head(weight, bias)
+        weight, bias, adapters = read_head(weight, bias)
+        if sharded and adapters:
+            raise invalid("weight", "a head with LoRA adapters", "merged ones with tp_group")
         for name, value in (("weight", weight), ("bias", bias)):
             if sharded and is_dtensor(value):
                 raise invalid(name, "a DTensor", "this rank's rows (to_local()) with tp_group")
@@ -409,7 +440,11 @@ class LinearLogits:
             _check_dense("bias", bias)
             if bias.shape != weight.shape[:1]:
                 raise invalid("bias", bias, f"shape ({weight.shape[0]},), one per row of weight")
-        dtype = _common_dtype(hidden, weight, bias)
+        autocast = _autocast_dtype(hidden)
+        dtype = autocast or hidden.dtype
+        _check_dtypes(hidden, weight, bias, autocast is not None)
+        lora_a, lora_b = _joined(hidden, weight, adapters, autocast)
+        logits_dtype = _checked_logits_dtype(logits_dtype, dtype)
         if softcap is not None:
             softcap = check_positive("softcap", softcap)
         logit_scale = check_number("logit_scale", logit_scale)
@@ -421,20 +456,32 @@ class LinearLogits:
             hidden.reshape(-1, width),
             weight,
             bias,
+            lora_a,
+            lora_b,
             None if softcap is None else float(softcap),
             float(logit_scale),
             dtype,
+            logits_dtype,
             chunk_tokens or 0,
             compact,
             registry.choose_backend(backend, hidden),
         )
 
     @property
+    def _inputs(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
+
+    @property
     def _options(self) -> tuple[Any, ...]:
-        return self.softcap, self.logit_scale, self.dtype, self.chunk_tokens, self.compact
+        return (
+            self.softcap, self.logit_scale, self.dtype, self.logits_dtype, self.chunk_tokens,
+            self.compact,
+        )  # fmt: skip
 
     def _is_sparse(self, batch: Batch) -> bool:
         mask = batch.sampling_mask
+        if self.lora_a is not None:
+            return False
         return is_worthwhile(mask, self.hidden, self.vocabulary, self.compact)
 
     def of_shard(self, shard: VocabularyShard) -> LinearLogits:
@@ -461,7 +508,8 @@ class LinearLogits:
         """What has to be alike where shards meet: the last, for the gradient is summed."""
         sums = torch.is_grad_enabled() and self.hidden.requires_grad
         options = f"bias {self.bias is not None}, softcap {self.softcap}, scale {self.logit_scale}"
-        return f"{self.dtype}, {self.backend}, {options}, gradient of hidden {sums}"
+        dtypes = f"{self.dtype}, logits {self.logits_dtype}"
+        return f"{dtypes}, {self.backend}, {options}, gradient of hidden {sums}"
 
     def loss(self, batch: Batch, objective: Objective, with_entropy: bool) -> Result:
         """Eq. 5 by the shortest route."""
@@ -469,7 +517,7 @@ class LinearLogits:
             return reference_loss(*self._reference_logps(batch, objective, with_entropy), batch)
         call = ops.Call(batch, objective, with_entropy, self.backend)
         asked = call.arguments(self.hidden)
-        inputs = self.hidden, self.weight, self.bias
+        inputs = self._inputs
         wanted = [x is not None and x.requires_grad for x in inputs]
         if takes_one_pass(self.dtype, call, self.shard is not None, *inputs):
             results = _LinearOnePass.apply(
@@ -498,9 +546,7 @@ class LinearLogits:
             return like_labels(batch, logps, entropy)
         call = ops.Call(batch, objective, with_entropy, self.backend)
         logps, entropy = _LinearTokenLogps.apply(
-            self.hidden,
-            self.weight,
-            self.bias,
+            *self._inputs,
             self._options,
             self._is_sparse(batch),
             self.shard,
@@ -518,32 +564,51 @@ class LinearLogits:
         if shard is not None:
             labels, weight = shard.checked(labels), shard.gather(weight, 0)
             bias = None if bias is None else shard.gather(bias, 0)
-        logits = reference.linear_logits(hidden, weight, bias, self.softcap, self.logit_scale)
+        logits = self._reference_logits(hidden, weight, bias)
         logps = reference.token_logps(
             logits, labels, tokens.temperature, with_entropy, tokens.support
         )
         return *logps, tokens
 
+    def _reference_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Eq. 27, of operands of `dtype`, in `logits_dtype`."""
+        kind = self.hidden.device.type
+        known = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if known else contextlib.nullcontext():
+            hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
+            bias = None if bias is None else bias.to(self.dtype)
+            dtype = self.logits_dtype
+            if self.lora_a is not None and self.lora_b is not None:
+                # All logits are held here: the head may be copied as well.
+                dtype = torch.promote_types(dtype, self.lora_a.dtype)
+                low = nn.functional.linear(hidden.to(self.lora_a.dtype), self.lora_a)
+                hidden = torch.cat([hidden.to(dtype), low.to(dtype)], -1)
+                weight = torch.cat([weight.to(dtype), self.lora_b.to(dtype)], -1)
+            return reference.linear_logits(
+                hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype),
+                self.softcap, self.logit_scale,
+            )  # fmt: skip
 
-def _head(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A head that is given as a module brings its own bias, and must be no more than linear."""
-    if not isinstance(weight, nn.Module):
-        return weight, bias
-    # An adapter has a class of its own, a patch is an attribute, and so is a weight that a hook
-    # makes (weight_norm, prune).
-    if (
-        not isinstance(weight, nn.Linear)
-        or type(weight).forward is not nn.Linear.forward
-        or any(name in weight.__dict__ for name in ("forward", "weight", "bias"))
-    ):
-        raise TypeError(
-            f"weight: got a {type(weight).__module__}.{type(weight).__qualname__} that may compute "
-            "more than torch.nn.Linear, expected a tensor (V, H) or a plain torch.nn.Linear: merge "
-            "and unload an adapter first, or give r2vpo_loss the logits"
-        )
-    if bias is not None:
-        raise invalid("bias", bias, "None where weight is a module, which brings its own")
-    return weight.weight, weight.bias
+
+def _joined(
+    hidden: Tensor, weight: Tensor, adapters: list[Adapter], autocast: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`joined`, of what fits hidden (…, H) and weight (V, H)."""
+    vocabulary, width = weight.shape
+    dtypes = *registry.KERNEL_DTYPES, hidden.dtype
+    whole = []
+    for a, b, scaling in adapters:
+        a, b = gathered(a, a.dtype), gathered(b, b.dtype)
+        for name, value in (("lora_A", a), ("lora_B", b)):
+            name = f"weight's {name}"
+            _check_dense(name, value)
+            check_device(name, value, hidden.device)
+            if value.dtype not in dtypes:
+                raise invalid(name, value, f"one of {dtypes}")
+        if a.shape[1:] != (width,) or b.shape != (vocabulary, a.shape[0]):
+            raise invalid("weight's lora_B", b, f"shape ({vocabulary}, R), lora_A (R, {width})")
+        whole.append(Adapter(a, b, scaling))
+    return joined(whole, autocast or hidden.dtype, autocast is not None)
 
 
 def _check_dense(name: str, value: Tensor) -> None:
@@ -555,16 +620,32 @@ def _check_dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got a {kind}, expected a plain, dense tensor of floats")
 
 
-def _common_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """That of all three; under autocast its own, as `torch.nn.functional.linear` has it."""
-    named = {"weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, value in named.items():
-        check_device(name, value, hidden.device)
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     kind = hidden.device.type
     # Of a device that knows no autocast, torch raises when it is asked.
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    casts = casts and hidden.dtype != torch.float64
-    for name, value in named.items():
-        if value.dtype != hidden.dtype and not (casts and value.dtype in registry.KERNEL_DTYPES):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return None if hidden.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+
+
+def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
+    """One for all three, or autocast makes it so, as in `torch.nn.functional.linear`."""
+    for name, value in {"weight": weight, "bias": bias}.items():
+        if value is None:
+            continue
+        check_device(name, value, hidden.device)
+        if value.dtype != hidden.dtype and not (autocast and value.dtype in registry.KERNEL_DTYPES):
             raise invalid(name, value, f"{hidden.dtype}, the dtype of hidden, or autocast")
-    return torch.get_autocast_dtype(kind) if casts else hidden.dtype
+
+
+def _checked_logits_dtype(logits_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    if logits_dtype is None:
+        return dtype
+    if not isinstance(logits_dtype, torch.dtype):
+        kind = type(logits_dtype).__name__
+        raise TypeError(f"logits_dtype: got {kind}, expected a torch.dtype, or None")
+    expected = f"{dtype}, that of hidden (of autocast, where it is on)"
+    wide = reference.compute_dtype(dtype)
+    if logits_dtype not in (dtype, wide):
+        raise invalid("logits_dtype", logits_dtype, expected + f", or {wide}" * (wide != dtype))
+    return logits_dtype

@@ -1,7 +1,8 @@
 """The matrix products of the linear route, one chunk of tokens after another (Eq. 27, 28).
 
 The logits of a chunk are a product into a buffer, which the kernels overwrite with their gradient;
-two more products take that to the hidden states and the head.
+two more products take that to the hidden states and the head. Low-rank adapters of the head add
+thin ones to each.
 """
 
 import functools
@@ -41,18 +42,23 @@ def _blocks(rows: int, width: int, x: Tensor) -> list[slice]:
     return _balanced(0, rows, max(1, of_device(TILE, x) // width))
 
 
-# How a processor multiplies matrices: out = scale·(a @ b + bias), or `add` to a float32 out.
+# How a processor multiplies matrices: out = scale·(a @ b + bias), or `add` to what out holds.
 
 
 def _multiply(a, b, scale, out, add=False, bias=None):
     """By torch."""
-    if a.dtype == out.dtype:
+    if a.dtype != b.dtype:
+        # Halves and the float32 of an adapter.
+        for rows in _blocks(a.shape[0], a.shape[1], a):
+            _multiply(a[rows].to(b.dtype), b, scale, out[rows], add)
+    elif a.dtype == out.dtype:
         start, beta = (out, float(add)) if bias is None else (bias, scale)
         torch.addmm(start, a, b, beta=beta, alpha=scale, out=out)
-    elif out.is_cuda and out.dtype == torch.float32 and torch.version.hip is None:
-        torch.addmm(out, a, b, beta=float(add), alpha=scale, out_dtype=torch.float32, out=out)
+    elif _leaves_float32(out) and out.dtype == torch.float32:
+        start, beta = (out, float(add)) if bias is None else (out.copy_(bias), scale)
+        torch.addmm(start, a, b, beta=beta, alpha=scale, out_dtype=torch.float32, out=out)
     else:
-        # A product of halves comes rounded to them here: by blocks, in one tile for all.
+        # A product comes rounded to its factors' dtype here: by blocks, in one tile for all.
         blocks = _blocks(out.shape[0], out.shape[1], out)
         tile = a.new_empty(out[blocks[0]].shape)
         for rows in blocks:
@@ -67,8 +73,8 @@ def _multiply(a, b, scale, out, add=False, bias=None):
 class _MultiplyInFloat32:
     """By torch, in float32, halves cast a block at a time: two tiles are read, one adds up."""
 
-    def __init__(self) -> None:
-        self.tiles = [torch.empty(0, dtype=torch.float32)] * 3
+    def __init__(self, x: Tensor) -> None:
+        self.tiles = [x.new_empty(0, dtype=torch.float32)] * 3
 
     def __call__(self, a, b, scale, out, add=False, bias=None):
         sizes = (*a.shape, b.shape[1])
@@ -84,6 +90,8 @@ class _MultiplyInFloat32:
                 total = out[i, j]
                 if out.dtype != torch.float32:
                     total = self._tile(2, total.shape)
+                    if add:
+                        total.copy_(out[i, j])
                 start, beta = (total, float(add)) if bias is None else (bias[j].float(), scale)
                 for k in inner:
                     left, right = self._cast(0, a, i, k), self._cast(1, b, k, j)
@@ -95,7 +103,7 @@ class _MultiplyInFloat32:
     def _tile(self, which, shape):
         size = shape[0] * shape[1]
         if self.tiles[which].numel() < size:
-            self.tiles[which] = torch.empty(size, dtype=torch.float32)
+            self.tiles[which] = self.tiles[which].new_empty(size)
         return self.tiles[which][:size].view(shape)
 
     def _cast(self, which, x, rows, columns):
@@ -110,9 +118,16 @@ class _MultiplyInFloat32:
         return tile
 
 
-def _multiplier(x: Tensor, dtype: torch.dtype) -> Callable[..., None]:
-    """What multiplies matrices of a dtype where x lies."""
-    return _MultiplyInFloat32() if multiplies_in_float32(x, dtype) else _multiply
+def _multiplier(x: Tensor, dtype: torch.dtype, exact: bool = False) -> Callable[..., None]:
+    """What multiplies matrices of a dtype where x lies; `exact`: into float32, unrounded."""
+    if multiplies_in_float32(x, dtype) or (exact and not _leaves_float32(x)):
+        return _MultiplyInFloat32(x)
+    return _multiply
+
+
+def _leaves_float32(x: Tensor) -> bool:
+    """Whether, where x lies, torch leaves the sums of a product of halves in float32 if asked."""
+    return x.is_cuda and torch.version.hip is None
 
 
 def multiplies_in_float32(x: Tensor, dtype: torch.dtype) -> bool:
@@ -152,6 +167,17 @@ def _in_order(activity):
     return None if first == activity.shape[0] else order, first, both
 
 
+def _rounded_in_place(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of x (contiguous), in a dtype that is no wider, in the first of its memory."""
+    if x.dtype == dtype:
+        return x
+    rounded = x.view(-1).view(dtype)[: x.numel()].view(x.shape)
+    for rows in _blocks(x.shape[0], x.shape[1], x):
+        # It lies over what was read in earlier blocks, or in this one.
+        rounded[rows] = x[rows].to(dtype)
+    return rounded
+
+
 def _put_rows(x, rows, values):
     # index_copy_ takes an element at a time: the wider, the fewer.
     if x.shape[1] * x.itemsize % 8 == 0:
@@ -160,18 +186,32 @@ def _put_rows(x, rows, values):
 
 
 class Head(NamedTuple):
-    """What the products are of: hidden (N, H), weight (V, H)."""
+    """What the products are of: hidden (N, H), and weight (V, H) + lora_b (V, R) @ lora_a (R, H).
+
+    The two of lora have the dtype of their products: `dtype`, or float32.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
     softcap: float | None
     logit_scale: float
-    dtype: torch.dtype  # of the products and of the logits
+    dtype: torch.dtype  # of the products
+    logits_dtype: torch.dtype  # the same, or float32
     chunk_tokens: int  # 0: by CHUNK_BYTES
     compact: bool
-    wanted: list[bool]  # which gradients, of hidden, weight and bias
+    wanted: list[bool]  # which gradients, of `inputs`
     sparse: bool  # tokens that have a support are left to the sparse head
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What it is differentiable in: the first INPUTS of its fields."""
+        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
+
+
+INPUTS = 5
 
 
 class Products:
@@ -184,16 +224,20 @@ class Products:
     """
 
     def __init__(self, head: Head, activity: Tensor) -> None:
-        hidden, weight, bias, softcap, scale, dtype, chunk_tokens, compact, wanted, sparse = head
+        (
+            hidden, weight, bias, lora_a, lora_b, softcap, scale, dtype, logits_dtype, chunk_tokens,
+            compact, wanted, sparse,
+        ) = head  # fmt: skip
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        self.softcap, self.scale, self.dtypes = softcap, scale, [hidden.dtype, weight.dtype]
-        self.dtypes.append(hidden.dtype if bias is None else bias.dtype)
+        self.lora = None if lora_a is None or lora_b is None else (lora_a, lora_b)
+        self.softcap, self.scale = softcap, scale
+        self.dtypes = [hidden.dtype if x is None else x.dtype for x in head.inputs]
         # What stands at a masked token must not meet its gradient of 0 in a product.
         self.hidden = hidden if compact else torch.where((activity < 2)[:, None], hidden, 0)
 
         # A gradient passes a softcap by its slope, which takes a buffer too.
         buffers = 2 if softcap is not None and any(wanted) else 1
-        token = buffers * weight.shape[0] * dtype.itemsize
+        token = buffers * weight.shape[0] * logits_dtype.itemsize
         budget = of_device(CHUNK_BYTES, hidden)
         # One chunk saves the float32 accumulator, unless the gradient is one itself.
         saved = 4 * weight.numel() if wanted[1] and weight.dtype != torch.float32 else 0
@@ -206,10 +250,16 @@ class Products:
             [place if order is None else order[place] for place in chunks] for chunks in places
         )
         longest = max((p.stop - p.start for chunks in places for p in chunks), default=0)
-        empty, size = self.weight.new_empty, (longest, weight.shape[0])
-        self.buffers = [registry.advise_huge_pages(empty(size)) for _ in range(buffers)]
+        size = longest, weight.shape[0]
+        self.buffers = [
+            registry.advise_huge_pages(hidden.new_empty(size, dtype=logits_dtype))
+            for _ in range(buffers)
+        ]
 
-        def total(x, *shape):
+        def total(x, wants):
+            if not wants:
+                return None
+            shape = (*x.shape, 1)[:2]
             # A sum of several parts is float32; what is one product is rounded once.
             parts = len(self.gradient_chunks) + sparse
             if parts == 0:
@@ -222,10 +272,15 @@ class Products:
         # Where there is an order, some tokens have no gradient.
         made = hidden.new_empty if order is None else hidden.new_zeros
         self.dhidden = made(hidden.shape) if wanted[0] else None
-        self.dweight = total(weight, *weight.shape) if wanted[1] else None
-        self.dbias = total(bias, weight.shape[0], 1) if wanted[2] else None
+        self.dweight, self.dbias, self.dlora_a, self.dlora_b = map(
+            total, head.inputs[1:], wanted[1:]
+        )
         self.begun = False
         self.multiply = _multiplier(hidden, dtype)
+        # Into float32 logits, which are not to be rounded on their way.
+        self.multiply_to_logits = self.multiply
+        if logits_dtype != dtype:
+            self.multiply_to_logits = _multiplier(hidden, dtype, exact=True)
 
     def _buffers(self):
         """Those of the logits of this chunk and, with a softcap, of their slope."""
@@ -237,7 +292,13 @@ class Products:
         hidden = self.hidden.index_select(0, rows) if indexed else self.hidden[rows]
         self.chunk = hidden.to(self.weight.dtype)
         z, *slopes = self._buffers()
-        self.multiply(self.chunk, self.weight.t(), self.scale, z, bias=self.bias)
+        self.multiply_to_logits(self.chunk, self.weight.t(), self.scale, z, bias=self.bias)
+        if self.lora is not None:
+            lora_a, lora_b = self.lora
+            self.lora_chunk = self.chunk.to(lora_a.dtype)
+            self.lora_hidden = lora_a.new_empty(z.shape[0], lora_a.shape[0])
+            self.multiply(self.lora_chunk, lora_a.t(), 1.0, self.lora_hidden)
+            self.multiply_to_logits(self.lora_hidden, lora_b.t(), self.scale, z, add=True)
         if self.softcap is not None:
             for block in _blocks(z.shape[0], z.shape[1], z):
                 t = torch.tanh(z[block].float() / self.softcap)
@@ -251,10 +312,17 @@ class Products:
         (dz, *slopes), scale = self._buffers(), self.scale
         for slope in slopes:
             dz *= slope
+        dz = _rounded_in_place(dz, self.weight.dtype)
+        if self.lora is not None:
+            lora_a, lora_b = self.lora
+            dlora_hidden = torch.empty_like(self.lora_hidden)
+            self.multiply(dz, lora_b, scale, dlora_hidden)
         if self.dhidden is not None:
             indexed = isinstance(rows, Tensor)
             out = self.dhidden.new_empty(self.chunk.shape) if indexed else self.dhidden[rows]
             self.multiply(dz, self.weight, scale, out)
+            if self.lora is not None:
+                self.multiply(dlora_hidden, lora_a, 1.0, out, add=True)
             if indexed:
                 _put_rows(self.dhidden, rows, out)
         if self.dweight is not None:
@@ -262,14 +330,19 @@ class Products:
         if self.dbias is not None:
             ones = self.chunk.new_ones(self.chunk.shape[0], 1)
             self.multiply(dz.t(), ones, scale, self.dbias, add=self.begun)
+        if self.dlora_a is not None:
+            self.multiply(dlora_hidden.t(), self.lora_chunk, 1.0, self.dlora_a, add=self.begun)
+        if self.dlora_b is not None:
+            self.multiply(dz.t(), self.lora_hidden, scale, self.dlora_b, add=self.begun)
         self.begun = True
 
     def gradients(self):
-        """Of hidden states, head and bias, in their dtypes; empty where not wanted."""
+        """Of the head's inputs, in their dtypes; empty where not wanted."""
         # Freed before `to` makes another tensor of the head's size.
-        del self.buffers, self.multiply
+        del self.buffers, self.multiply, self.multiply_to_logits
         dbias = None if self.dbias is None else self.dbias.squeeze(1)
+        totals = self.dhidden, self.dweight, dbias, self.dlora_a, self.dlora_b
         return tuple(
             self.hidden.new_empty(0) if total is None else total.to(dtype)
-            for total, dtype in zip((self.dhidden, self.dweight, dbias), self.dtypes, strict=True)
+            for total, dtype in zip(totals, self.dtypes, strict=True)
         )

@@ -42,16 +42,6 @@ def route(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["native", "float32"])
-def halves(request):
-    """How a CPU multiplies them, whatever its units; in blocks of which H, V and N need several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("R2VPO_KERNELS_HALF_PRODUCTS", request.param)
-        patch.setattr(module, "SIDE", 8)
-        patch.setattr(module, "ALIGNED", 4)
-        yield request.param
-
-
 def draw(device, batch=4, length=5, dtype=torch.float32, seed=0, vocabulary=V):
     """(hidden, weight, labels, old_logps, advantages)"""
     g = torch.Generator().manual_seed(seed)
@@ -251,7 +241,7 @@ def test_a_float32_product_of_halves(monkeypatch, dtype, sizes):
     bias, given = (torch.randn(n, columns, generator=g) for n in (1, rows))
     size = a.double().abs() @ b.double().abs().t() + bias.abs() + given.abs()
     exact = 0.7 * (a.double() @ b.double().t())
-    multiply = module._MultiplyInFloat32()
+    multiply = module._MultiplyInFloat32(a)
     for left in (a, a.t().contiguous().t()):
         for right in (b.t(), b.t().contiguous()):
             total = given.clone()
@@ -261,6 +251,11 @@ def test_a_float32_product_of_halves(monkeypatch, dtype, sizes):
             multiply(left, right, 0.7, rounded, bias=bias[0].to(dtype))
             truth = exact + 0.7 * bias.to(dtype).double()
             assert_within("rounded", rounded, truth, (inner + 3) * U * size, dtype=dtype, ulps=0.5)
+            kept = rounded.double()
+            multiply(left, right, 0.7, rounded, add=True)
+            assert_within(
+                "added", rounded, exact + kept, (inner + 3) * U * (size + kept.abs()), dtype=dtype
+            )
     assert all(tile.numel() <= module.SIDE**2 for tile in multiply.tiles)
 
 
@@ -294,8 +289,8 @@ def products(monkeypatch):
     seen = []
     original = module._multiplier
 
-    def counting(x, dtype):
-        multiply = original(x, dtype)
+    def counting(x, dtype, exact=False):
+        multiply = original(x, dtype, exact)
 
         def counted(a, b, scale, out, **options):
             # Tokens are rows of logits and of dhidden, and columns of the first factor of dweight.
@@ -627,13 +622,18 @@ def test_a_model_gets_the_gradients_of_its_logits(device, tied, checkpointed):
     "name", ["linear_logps_forward", "linear_logps_backward", "linear_one_pass"]
 )
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("kind, sparse", [("none", False), ("small", False), ("some empty", True)])
-def test_opcheck(kernels, device, name, with_entropy, kind, sparse):
+@pytest.mark.parametrize(
+    "kind, sparse, lora",
+    [("none", False, True), ("small", False, False), ("some empty", True, False)],
+)
+def test_opcheck(kernels, device, name, with_entropy, kind, sparse, lora):
     """Of hidden states that lie the other way round, and in another dtype than the products."""
     hidden, weight, labels, old_logps, advantages = draw(device)
     labels[0, 0] = -100
     columns = hidden.reshape(-1, H).t().contiguous().t()
-    head = (columns, weight, weight[:, 0].clone(), 3.0, 0.5, torch.bfloat16, 7, True)
+    adapter = (torch.randn(3, H, device=device), weight[:, :3].clone()) if lora else (None, None)
+    dtypes = torch.bfloat16, torch.float32
+    head = (columns, weight, weight[:, 0].clone(), *adapter, 3.0, 0.5, *dtypes, 7, True)
     generator = torch.Generator().manual_seed(0)
     sets = sampling_mask_of(kind, labels.clamp(min=0), V, generator)
     batch = Batch(
@@ -645,16 +645,16 @@ def test_opcheck(kernels, device, name, with_entropy, kind, sparse):
     )
     call = ops.Call(batch, objective, with_entropy, kernels)
     flat = call.flat(hidden)
-    forward = (*head, [False] * 3, sparse, None, *flat)
+    forward = (*head, [False] * 5, sparse, None, *flat)
     saved = linear_logps_forward(*forward)
     entropy = saved[-1]
     gradients = (saved[1], entropy, None, call.token_ids, None, with_entropy, kernels, call.offsets)
     arguments = {
         "linear_logps_forward": forward,
         "linear_logps_backward": (
-            *head, [True, False, True], sparse, *(x.clone() for x in saved), *gradients,
+            *head, [True, False, True, lora, lora], sparse, *(x.clone() for x in saved), *gradients,
         ),
-        "linear_one_pass": (*head, [True, True, False], sparse, *flat),
+        "linear_one_pass": (*head, [True, True, False, lora, False], sparse, *flat),
     }[name]  # fmt: skip
     check_op(name, arguments)
 

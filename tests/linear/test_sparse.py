@@ -68,8 +68,9 @@ def test_rows_and_words_of_several_steps_are_within_the_budget(always, device, d
     case = Case(
         batch=2, length=9, vocabulary=200, dtype=dtype, layout="plain", packed=False,
         masking="bool", groups="none", reduction="token-mean", center="one", level="token",
-        variance_coef="number", advantages="token", temperature="number", kl="k3", entropy=True,
-        on_policy=False, support="some empty", seed=3,
+        policy_loss="ratio", dual_clip=False, variance_coef="number", advantages="token",
+        temperature="number", kl="k3", kl_unbiased=False, entropy=True, on_policy=False,
+        support="some empty", seed=3,
     )  # fmt: skip
     head = {"softcap": 4.0, "logit_scale": 0.5, "chunk_tokens": None, "compact": True}
     wide = 1030 if always == "cpp" else 40

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import r2vpo_kernels
 from r2vpo_kernels.backends import registry, triton
@@ -171,6 +172,14 @@ def check_case(
     record(backend, logits.dtype, used)
 
 
+@dataclass
+class Adapted:
+    """How to make a head with LoRA around it, of leaves weight, bias, lora_a and lora_b."""
+
+    head: Callable[[dict[str, nn.Parameter]], nn.Module]
+    scaling: float
+
+
 def check_linear_case(
     inputs: dict[str, Tensor],
     labels: Tensor,
@@ -180,19 +189,27 @@ def check_linear_case(
     upstream: float = 1.0,
     dtype: torch.dtype | None = None,
     shard: Shard | None = None,
+    adapted: Adapted | None = None,
 ) -> None:
-    """As `check_case`, from hidden, weight and perhaps bias; `dtype`: of the logits."""
-    dtype = dtype or inputs["hidden"].dtype
+    """As `check_case`, from hidden, weight and perhaps bias; `dtype`: of the products.
+
+    adapted: makes a module of weight and bias and of inputs lora_a and lora_b.
+    """
+    autocast, dtype = dtype is not None, dtype or inputs["hidden"].dtype
+    logits_dtype = head.get("logits_dtype") or dtype
     backend = registry.choose_backend(backend, inputs["hidden"])
     leaves = {name: x.detach() for name, x in inputs.items()}
     if shard is not None:
         words = {name: leaves[name][shard.words] for name in leaves if name != "hidden"}
         leaves, keywords = leaves | words, keywords | {"tp_group": shard.group}
     leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    weight, bias = leaves["weight"], leaves.get("bias")
+    if adapted is not None:
+        leaves = {name: nn.Parameter(x) for name, x in leaves.items()}
+        weight, bias = adapted.head(leaves), None
     out = r2vpo_kernels.linear_r2vpo_loss(
-        leaves["hidden"], leaves["weight"], labels, bias=leaves.get("bias"), backend=backend,
-        **head, **keywords,
-    )  # fmt: skip
+        leaves["hidden"], weight, labels, bias=bias, backend=backend, **head, **keywords
+    )
     each = upstream_of(labels, keywords, upstream)
     gradients = torch.autograd.grad(out.loss, list(leaves.values()), each)
 
@@ -200,11 +217,18 @@ def check_linear_case(
     if keywords.get("mask") is not None:
         valid = valid & (keywords["mask"] != 0)
     exact = {name: x.detach().to(dtype).double() for name, x in inputs.items()}
+    lora: dict[str, Any] = {}
+    if adapted is not None:
+        lora_dtype = torch.promote_types(inputs["lora_a"].dtype, dtype)
+        lora_dtype = dtype if autocast else lora_dtype
+        lora = {name: inputs[name].to(lora_dtype).double() for name in ("lora_a", "lora_b")}
+        lora["lora_a"] = lora["lora_a"] * adapted.scaling
+        lora["lora_dtype"] = lora_dtype
     width = exact["hidden"].shape[-1]
     hidden = torch.where(valid[..., None], exact["hidden"], 0.0).reshape(-1, width)
     linear = Linear(
         hidden, exact["weight"], exact.get("bias"), head.get("softcap"),
-        head.get("logit_scale", 1.0), dtype,
+        head.get("logit_scale", 1.0), dtype, logits_dtype, **lora,
     )  # fmt: skip
     logits = linear.logits().reshape(*labels.shape, -1)
     truth = truth_of(
@@ -212,18 +236,24 @@ def check_linear_case(
         linear.logits_error(), shard is not None,
     )  # fmt: skip
     used = check_values(out, truth, each)
-    truncated = truncates(backend, dtype)
+    truncated = truncates(backend, logits_dtype)
     found = linear.gradients(
         truth.gradient, truth.gradient_bound, truth.outside, truncated, shard is not None
     )
     # What is rounded to the dtype of the products, an upstream gradient other than 1 rounds again.
     ulps = 1.0 if upstream != 1.0 else 0.5
-    for (name, x), gradient, (true, bound) in zip(leaves.items(), gradients, found, strict=False):
+    for (name, x), gradient in zip(leaves.items(), gradients, strict=True):
         assert gradient.dtype == x.dtype
+        true, bound = found[name]
         if shard is not None and name != "hidden":
             true, bound = true[shard.words], bound[shard.words]
-        used[f"d{name}"] = assert_within(name, gradient, true, bound, dtype=dtype, ulps=ulps)
-        rounding = output_rounding(true, bound, dtype, ulps)
+        if name == "lora_a":
+            true, bound = true * adapted.scaling, bound * abs(adapted.scaling)
+        # Casts of adapters are outside: their gradients pass through both dtypes.
+        kinds = (x.dtype, lora["lora_dtype"]) if name.startswith("lora") else (dtype,)
+        kind = max(kinds, key=lambda kind: torch.finfo(kind).eps)
+        used[f"d{name}"] = assert_within(name, gradient, true, bound, dtype=kind, ulps=ulps)
+        rounding = output_rounding(true, bound, kind, ulps)
         assert_no_lean(name, gradient, true, bound, rounding, truncated)
     shown = ["logps", *(f"d{name}" for name in leaves)]
     record(backend, dtype, {f"linear {name}": used[name] for name in shown})

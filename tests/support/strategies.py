@@ -274,6 +274,7 @@ def linear_cases(draw, **fixed: Any) -> LinearCase:
     head = {
         "softcap": draw(st.sampled_from([None, None, 4.0])),
         "logit_scale": draw(st.sampled_from([1.0, 1.0, 0.5, -1.5])),
+        "logits_dtype": draw(st.sampled_from([None, None, torch.float32])),
         "chunk_tokens": draw(st.sampled_from([None, 1, 3, 5, 100])),
         "compact": draw(st.booleans()),
     }

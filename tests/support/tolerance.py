@@ -248,12 +248,34 @@ class Linear:
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
-    dtype: torch.dtype  # of the logits
+    dtype: torch.dtype  # of the products
+    logits_dtype: torch.dtype | None = None  # None: the same
+    # Adapters, weight + lora_b @ lora_a with their scaling in lora_a, and their products' dtype.
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    lora_dtype: torch.dtype | None = None
+
+    @staticmethod
+    def _rounding(dtype: torch.dtype | None) -> tuple[float, float]:
+        """(the relative error of rounding to a dtype, its smallest number)"""
+        info = torch.finfo(dtype)
+        return info.eps / 2, info.smallest_normal * info.eps
 
     def logits(self) -> Tensor:
+        weight = self.weight
+        if self.lora_a is not None:
+            weight = weight + self.lora_b @ self.lora_a
         return reference.linear_logits(
-            self.hidden, self.weight, self.bias, self.softcap, self.logit_scale
+            self.hidden, weight, self.bias, self.softcap, self.logit_scale
         )
+
+    def _lora_hidden(self) -> tuple[Tensor, Tensor]:
+        """(h', δh')"""
+        v, _ = self._rounding(self.lora_dtype)
+        low = self.hidden @ self.lora_a.t()
+        size = self.hidden.abs() @ self.lora_a.abs().t()
+        width = self.hidden.shape[1]
+        return low, v * low.abs() + (1 + v) ** 2 * (v + (width + 2) * U) * size
 
     def _uncapped_error(self) -> tuple[Tensor, Tensor]:
         """(z', δz')"""
@@ -261,15 +283,23 @@ class Linear:
         size = self.hidden.abs() @ self.weight.abs().t()
         if self.bias is not None:
             size = size + self.bias.abs()
-        width = self.hidden.shape[1]
-        v = torch.finfo(self.dtype).eps / 2
-        return z, v * z.abs() + (1 + v) * (width + 3) * U * abs(self.logit_scale) * size
+        scale, width = abs(self.logit_scale), self.hidden.shape[1]
+        v, _ = self._rounding(self.logits_dtype or self.dtype)
+        error = v * z.abs() + (1 + v) * (width + 3) * U * scale * size
+        if self.lora_a is None:
+            return z, error
+        low, dlow = self._lora_hidden()
+        z = z + self.logit_scale * low @ self.lora_b.t()
+        dlow = dlow + (low.shape[1] + 3) * U * (low.abs() + dlow)
+        error = error + scale * dlow @ self.lora_b.abs().t()
+        return z, v * z.abs() + (1 + v) * error
 
     def logits_error(self) -> Tensor:
         _, error = self._uncapped_error()
         if self.softcap is None:
             return error
-        return error + (torch.finfo(self.dtype).eps / 2 + 4 * U) * self.logits().abs()
+        v, _ = self._rounding(self.logits_dtype or self.dtype)
+        return error + (v + 4 * U) * self.logits().abs()
 
     def gradients(
         self,
@@ -278,10 +308,9 @@ class Linear:
         outside: Tensor,
         truncates: bool,
         sharded: bool = False,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(truth, bound before output rounding) for hidden states, weight and bias (Eq. 29)."""
-        v = torch.finfo(self.dtype).eps / 2
-        tiny = torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """{name: (truth, bound before output rounding)} of what there is (Eq. 29)."""
+        v, tiny = self._rounding(self.logits_dtype or self.dtype)
         # A 0 is not rounded, and adding it rounds nothing.
         tiny = torch.where(outside, 0.0, tiny)
         words = (~outside).sum(-1, keepdim=True)
@@ -295,16 +324,43 @@ class Linear:
             bound = slope * bound + size * slope_bound
             bound = bound + v * size * (slope + slope_bound) + tiny
             dlogits = dlogits * slope
+        v, tiny = self._rounding(self.dtype)
+        if self.logits_dtype not in (None, self.dtype):
+            bound = bound + v * (dlogits.abs() + bound) + torch.where(outside, 0.0, tiny)
         scale, tokens = abs(self.logit_scale), dlogits.shape[0]
         size = dlogits.abs() + bound
-        # Each rank's part of dL/dhidden is rounded before they are added (Eq. 31).
-        over_v = bound + ((words + 2) * U + (v if sharded else 0)) * size
+        over_v = bound + (words + 2) * U * size
         over_n = bound + ((tokens + 2) * U + v) * size
-        return [
-            (self.logit_scale * dlogits @ self.weight, scale * over_v @ self.weight.abs()),
-            (self.logit_scale * dlogits.t() @ self.hidden, scale * over_n.t() @ self.hidden.abs()),
-            (self.logit_scale * dlogits.sum(0), scale * over_n.sum(0)),
-        ]
+        # Each rank's part of dL/dhidden is rounded before they are added (Eq. 31).
+        of_hidden = over_v + (v * size if sharded else 0)
+        found = {
+            "hidden": (
+                self.logit_scale * dlogits @ self.weight, scale * of_hidden @ self.weight.abs()
+            ),
+            "weight": (
+                self.logit_scale * dlogits.t() @ self.hidden, scale * over_n.t() @ self.hidden.abs()
+            ),
+            "bias": (self.logit_scale * dlogits.sum(0), scale * over_n.sum(0)),
+        }  # fmt: skip
+        if self.lora_a is None:
+            return found
+        r, _ = self._rounding(self.lora_dtype)
+        low, dlow = self._lora_hidden()
+        rank = low.shape[1]
+        g = self.logit_scale * dlogits @ self.lora_b
+        g_bound = scale * over_v @ self.lora_b.abs()
+        g_bound = g_bound + r * (g.abs() + g_bound)
+        g_size = g.abs() + g_bound
+        of_a = g_bound + ((tokens + 2) * U + 2 * r) * g_size
+        found["lora_a"] = g.t() @ self.hidden, of_a.t() @ self.hidden.abs()
+        of_b = (bound + ((tokens + 2) * U + r) * size).t() @ (low.abs() + dlow) + size.t() @ dlow
+        found["lora_b"] = self.logit_scale * dlogits.t() @ low, scale * of_b
+        # To the part of the weight, which is rounded, comes that of the adapters.
+        exact, bound = found["hidden"]
+        bound = bound + v * (exact.abs() + bound)
+        bound = bound + (g_bound + (2 * r + (rank + 2) * U) * g_size) @ self.lora_a.abs()
+        found["hidden"] = exact + g @ self.lora_a, bound
+        return found
 
 
 def output_rounding(truth: Tensor, bound: Tensor, dtype: torch.dtype, ulps: float) -> Tensor:
