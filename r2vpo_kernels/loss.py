@@ -175,7 +175,7 @@ def r2vpo_loss(
         entropy_coef: η, a bonus for entropy (nats).
         temperature: what logits are divided by: a number or per sequence or per token, ≥ 1e-6.
         log_ratio_clamp: bound on |log ρ| and on the KL's exponent, nats, at most 40; past it the
-            gradient is 0.
+            ratio, or the KL, has no gradient.
         cu_seqlens: (S + 1,) integers, where packed sequences begin and end. Without it a packed
             batch has no sequences: every input is per token. Where S = N, each holds one token.
         return_entropy: compute `out.entropy` although entropy_coef is 0.
