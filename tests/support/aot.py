@@ -19,8 +19,6 @@ OBJECTIVES = {
     "clip": {"policy_loss": "clip", "kl": None, "kl_unbiased": False},
     "cispo": {"policy_loss": "cispo", "kl": None, "kl_unbiased": False},
     "unbiased": {"policy_loss": "ratio", "kl": "k3", "kl_unbiased": True},
-    "clip unbiased": {"policy_loss": "clip", "kl": "k3", "kl_unbiased": True},
-    "cispo unbiased": {"policy_loss": "cispo", "kl": "k3", "kl_unbiased": True},
 }
 REPORTS = {}
 _compilations = {}
