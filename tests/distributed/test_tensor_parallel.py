@@ -225,6 +225,8 @@ def check_errors(rank):
         (lambda: loss(sampling_mask=sets(missing_label="full") if rank else ones),
          "missing_label full"),
         (lambda: linear(softcap=3.0 + rank), "softcap 4.0"),
+        (lambda: linear(hidden.half(), weight.half(), logits_dtype=(None, torch.float32)[rank]),
+         "logits torch.float32"),
         (lambda: linear(bias=weight[:, 0] if rank else None), "bias True"),
         (lambda: linear(hidden.clone().requires_grad_(rank == 0)), "gradient of hidden False"),
         (linear_with_grad_on_rank_0, "gradient of hidden False"),

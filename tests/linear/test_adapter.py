@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from support.harness import Adapted, check_linear_case, truth_of
 from support.launches import HEAD_KERNELS, count_launches
+from support.ranks import run_on
 from support.strategies import linear_cases, sampling_mask_of
 from support.tolerance import Linear, assert_within
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.profiler import ProfilerActivity, profile
 
 from r2vpo_kernels import linear_r2vpo_loss, linear_token_logps, r2vpo_loss, token_logps
@@ -360,6 +364,34 @@ def test_fullgraph_without_another_compilation(device, center):
         expected = torch.autograd.grad(call(*tensors), leaves)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert counter.frame_count <= 2
+
+
+RANKS = 2
+
+
+def check_shards(rank):
+    """Under FSDP2 the base and the factors are DTensors, each gathered once."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    hidden, *rest = draw("cpu")
+    rows = torch.arange(N).chunk(RANKS)[rank]
+    alone = head("cpu").requires_grad_(True)
+    keywords = {"normalizer": float(N)}
+    _, _, expected = run(hidden, alone, *rest, **keywords)
+    model = nn.Sequential(head("cpu").requires_grad_(True))
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    leaf = hidden[rows].requires_grad_()
+    keywords["normalizer"] /= RANKS
+    linear_r2vpo_loss(leaf, model[0], *(x[rows] for x in rest), **keywords).loss.backward()
+    for name, p in model[0].named_parameters():
+        torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6)
+    placed = DTensor.from_local(hidden[rows], mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="weight: got a DTensor, expected a plain tensor"):
+        linear_token_logps(placed, model[0], rest[0][rows])
+
+
+def test_sharded_parameters_are_gathered(tmp_path):
+    run_on(RANKS, tmp_path, check_shards)
 
 
 # What is refused.

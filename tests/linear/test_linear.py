@@ -112,22 +112,25 @@ def test_sums_over_chunks_are_float32(device, halves):
     torch.testing.assert_close(parts, whole, rtol=3 * 2.0**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_as_from_the_logits(kernels, device, halves, dtype):
+@pytest.mark.parametrize(
+    "dtype, logits_dtype", [*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float32)]
+)
+def test_the_same_as_from_the_logits(kernels, device, halves, dtype, logits_dtype):
     """By a head that adds nothing up: the bits of whole logits; dweight to its own rounding."""
     hidden, _, labels, old_logps, advantages = draw(device)
     leaf = ((8 * hidden).round() / 8).to(dtype).requires_grad_()
     weight = torch.eye(V, H, device=device, dtype=dtype)
-    logits = F.linear(leaf, weight)
+    logits = F.linear(leaf, weight).to(logits_dtype)
     whole = r2vpo_loss(logits, labels, old_logps, advantages, backend=kernels)
     (dlogits,) = torch.autograd.grad(whole.loss, logits)
+    dlogits = dlogits.to(dtype)
     parts = dlogits.double().reshape(-1, V), leaf.detach().double().reshape(-1, H)
     exact, size = parts[0].t() @ parts[1], parts[0].abs().t() @ parts[1].abs()
     v = torch.finfo(dtype).eps / 2
     for chunk_tokens in (None, 1, 6, 20):
         out, dhidden, dweight = run(
             leaf, weight, labels, old_logps, advantages, backend=kernels,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=chunk_tokens, logits_dtype=logits_dtype,
         )  # fmt: skip
         assert torch.equal(out.loss, whole.loss) and torch.equal(out.logps, whole.logps)
         assert torch.equal(dhidden, dlogits[..., :H])
@@ -260,6 +263,36 @@ def test_a_float32_product_of_halves(monkeypatch, dtype, sizes):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 30), (1, 1), (0, 5), (40, 3)])
+def test_a_gradient_is_rounded_where_it_lies(monkeypatch, dtype, shape):
+    monkeypatch.setattr(module, "TILE", {"elsewhere": 64})
+    x = torch.randn(shape)
+    expected, place = x.to(dtype), x.data_ptr()
+    rounded = module._rounded_in_place(x, dtype)
+    assert torch.equal(rounded, expected) and rounded.data_ptr() == place
+    assert module._rounded_in_place(rounded, dtype) is rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_of_two_dtypes(dtype, halves):
+    """Of a head and an adapter: with each kind of sum, each within its own rounding."""
+    g = torch.Generator().manual_seed(0)
+    a, b, given_ = (torch.randn(n, m, generator=g) for n, m in ((20, 16), (16, 9), (20, 9)))
+    x = torch.empty(1, dtype=dtype)
+    for left, right in ((a.to(dtype), b), (a, b), (a.to(dtype), b.to(dtype))):
+        for out in (given_, given_.to(dtype)):
+            exact = 0.7 * left.double() @ right.double()
+            size = left.double().abs() @ right.double().abs() + out.double().abs()
+            for add in (False, True):
+                total = out.clone()
+                module._multiplier(x, dtype)(left, right, 0.7, total, add=add)
+                # What halves make of halves is rounded on its way, by who has units for them.
+                v = torch.finfo(dtype).eps / 2 if left.dtype == right.dtype == dtype else 0
+                truth, bound = exact + out.double() * add, (19 * U + v) * size
+                assert_within("sum", total, truth, bound, dtype=out.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_who_multiplies_halves(monkeypatch, dtype):
     """What torch says of the processor, or the environment; and neither for float32."""
     x, name = torch.ones(1), "R2VPO_KERNELS_HALF_PRODUCTS"
@@ -275,6 +308,9 @@ def test_who_multiplies_halves(monkeypatch, dtype):
             with monkeypatch.context() as patch:
                 patch.setenv(name, kind)
                 assert by_blocks(dtype) == (kind == "float32") and not by_blocks(torch.float32)
+                # Torch rounds its own products on a CPU.
+                exact = module._multiplier(x, dtype, exact=True)
+                assert isinstance(exact, module._MultiplyInFloat32)
     monkeypatch.setenv(name, "float64")
     with pytest.raises(ValueError, match=rf"^{name}: got 'float64'"):
         by_blocks(dtype)
@@ -317,6 +353,12 @@ COUNTS = {
     "a frozen head, group": ({"frozen": "weight", "center": "group"}, [20, 20, 20]),
     "nothing wants a gradient": ({"frozen": "both"}, [20]),
     "float16": ({"dtype": torch.float16}, [20, 20, 20, 20]),
+    "float16, float32 logits": (
+        {"dtype": torch.float16, "logits_dtype": torch.float32}, [20, 20, 20, 20]
+    ),
+    "bfloat16, float32 logits": (
+        {"dtype": torch.bfloat16, "logits_dtype": torch.float32}, [20, 20, 20]
+    ),
     "half of it masked": ({"masked": 2}, [10, 10, 10]),
     "all masked": ({"masked": 4}, []),
     "all masked, group": ({"masked": 4, "center": "group"}, []),
@@ -362,7 +404,7 @@ def test_only_what_is_asked_for_is_computed(device, products, name):
     gradients = torch.autograd.grad(out.loss.sum(), wanted) if wanted else ()
     assert products == expected
 
-    everything = keywords | {"chunk_tokens": None, "compact": True}
+    everything = keywords | {"chunk_tokens": None, "compact": True, "logits_dtype": None}
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]
     truth = linear_r2vpo_loss(*exact, labels, old_logps, advantages, backend="eager", **everything)
     scale = torch.finfo(dtype).eps * 100
@@ -416,6 +458,10 @@ def test_one_chunk_wherever_its_logits_need_no_more_than_it_saves(device, produc
     budget = 2 * 20 * token - accumulator
     assert chunks(budget, torch.bfloat16, softcap=3.0) == [20]
     assert len(chunks(budget - 1, torch.bfloat16, softcap=3.0)) > 1
+    # So do float32 logits.
+    wide = {"logits_dtype": torch.float32}
+    assert chunks(budget, torch.bfloat16, **wide) == [20]
+    assert len(chunks(budget - 1, torch.bfloat16, **wide)) > 1
     # The gradient of a float32 head is float32 in any case: nothing is saved.
     assert chunks(9 * 4 * V, torch.float32) == [7, 7, 6]
     assert chunks(9 * 4 * V, torch.float32, softcap=3.0) == [4] * 5
@@ -431,13 +477,14 @@ def test_gradients_come_in_the_dtypes_of_the_parameters(device, halves):
     hidden, weight, labels, old_logps, advantages = draw(device)
     keywords = {"old_logps": old_logps, "advantages": advantages}
     inputs = {"hidden": hidden, "weight": weight, "bias": torch.randn(V, device=device)}
-    for chunk_tokens in (None, 6):
+    for head in ({}, {"chunk_tokens": 6}, {"logits_dtype": torch.float32}):
         for center in ("one", "group"):
-            with torch.autocast(device.type, torch.bfloat16):
-                check_linear_case(
-                    inputs, labels, {"chunk_tokens": chunk_tokens}, keywords | {"center": center},
-                    "auto", dtype=torch.bfloat16,
-                )  # fmt: skip
+            for backend in ("auto", "eager"):
+                with torch.autocast(device.type, torch.bfloat16):
+                    check_linear_case(
+                        inputs, labels, head, keywords | {"center": center}, backend,
+                        dtype=torch.bfloat16,
+                    )  # fmt: skip
     with torch.autocast(device.type, torch.bfloat16):
         mixed = run(hidden.bfloat16(), weight, labels, old_logps, advantages)
     assert mixed[1].dtype == torch.bfloat16 and mixed[2].dtype == torch.float32
@@ -538,15 +585,16 @@ def test_on_policy_against_what_was_recorded(kernels, device, halves):
         assert torch.equal(dhidden, same)
 
 
-def test_float16_gradients_survive_a_loss_scale(device, halves):
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+def test_float16_gradients_survive_a_loss_scale(device, halves, logits_dtype):
     """A gradient under float16's smallest number, but for the loss scale."""
     hidden, weight, labels, old_logps, advantages = draw(device, dtype=torch.float16)
-    keywords = {"normalizer": 1e9, "backend": "auto"}
+    keywords = {"normalizer": 1e9, "backend": "auto", "logits_dtype": logits_dtype}
     scale = 2.0**28
     _, dhidden, dweight = run(
         hidden, weight, labels, old_logps, advantages, upstream=scale, **keywords
     )
-    keywords["backend"] = "eager"
+    keywords |= {"backend": "eager", "logits_dtype": None}
     _, *truth = run(
         hidden.double(), weight.double(), labels, old_logps, advantages, upstream=scale, **keywords
     )
@@ -686,7 +734,8 @@ def test_fullgraph_with_at_most_one_extra_compilation(device, backend, center):
     assert counts[0] == 1 and counts[-1] <= 2, counts
 
 
-def test_a_model_compiles_with_its_head(device):
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+def test_a_model_compiles_with_its_head(device, logits_dtype):
     """The head as a module, under autocast, with what its gradient needs found in forward."""
     model = Model().to(device)
     _, _, labels, _, advantages = draw(device)
@@ -694,7 +743,9 @@ def test_a_model_compiles_with_its_head(device):
     def loss(labels):
         with torch.autocast(device.type, torch.bfloat16):
             hidden = model.hidden(labels)
-            return linear_r2vpo_loss(hidden, model.head, labels, None, advantages).loss
+            return linear_r2vpo_loss(
+                hidden, model.head, labels, None, advantages, logits_dtype=logits_dtype
+            ).loss
 
     torch._dynamo.reset()
     results = []
@@ -719,28 +770,31 @@ hidden = torch.randn(tokens, width, device=device).bfloat16()
 weight = torch.randn(vocabulary, width, device=device).bfloat16()
 labels = torch.randint(0, vocabulary, (tokens,), device=device)
 advantages = torch.ones(tokens, device=device)
+dtype = getattr(torch, sys.argv[3])
 
 def step():
     leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
     out = linear_r2vpo_loss(
-        *leaves, labels, None, advantages, chunk_tokens=chunk, center=sys.argv[2]
+        *leaves, labels, None, advantages, chunk_tokens=chunk, center=sys.argv[2],
+        logits_dtype=dtype,
     )
     out.loss.backward()
 
 step()
-print(peak_memory(step, device), 2 * chunk * vocabulary, 4 * weight.numel())
+print(peak_memory(step, device), dtype.itemsize * chunk * vocabulary, 4 * weight.numel())
 """
 
 
 @pytest.mark.parametrize("halves", [{}, {"R2VPO_KERNELS_HALF_PRODUCTS": "float32"}])
 @pytest.mark.parametrize("center", ["one", "group"])
-def test_memory_is_a_chunk_and_a_float32_sum(device, center, halves):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memory_is_a_chunk_and_a_float32_sum(device, center, halves, dtype):
     """By measurement, above the inputs, in a process of its own."""
     folder = Path(__file__).parents[2]
     path = os.pathsep.join([str(folder), str(folder / "benchmarks")])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY, device.type, center], capture_output=True, text=True,
+        [sys.executable, "-c", MEMORY, device.type, center, dtype], capture_output=True, text=True,
         # Left to itself, glibc keeps ever larger blocks that were freed.
         env=environment | halves | {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )  # fmt: skip
@@ -824,6 +878,10 @@ BAD = {
     "a softcap of 0": ({"softcap": 0.0}, "softcap", "0.0.*above 0"),
     "a softcap of a string": ({"softcap": "big"}, "softcap", "str"),
     "an infinite scale": ({"logit_scale": float("inf")}, "logit_scale", "inf"),
+    "logits of a name": ({"logits_dtype": "float32"}, "logits_dtype", "str.*torch.dtype, or None"),
+    "narrower logits": ({"logits_dtype": torch.bfloat16}, "logits_dtype",
+                        "bfloat16.*float32, that of hidden"),
+    "wider logits": ({"logits_dtype": torch.float64}, "logits_dtype", "float64.*float32"),
     "chunks of nothing": ({"chunk_tokens": 0}, "chunk_tokens", "0.*at least 1"),
     "chunks of a half": ({"chunk_tokens": 0.5}, "chunk_tokens", "0.5.*whole number"),
     "compact of a string": ({"compact": "no"}, "compact", "str.*True or False"),

@@ -85,6 +85,10 @@ def test_logits_of_a_half_head_are_float32(always, device, dtype):
     linear = Linear(hidden * (labels >= 0)[:, None], weight, None, None, 1.0, torch.float32)
     truth = truth_of(linear.logits(), labels, keywords, always, logits_error=linear.logits_error())
     check_values(out, truth, torch.ones(()))
+    same = linear_r2vpo_loss(
+        *leaves, labels, backend=always, logits_dtype=torch.float32, **keywords
+    )
+    assert torch.equal(same.logps, out.logps)
 
 
 @pytest.mark.parametrize("center", ["one", "group"])

@@ -28,6 +28,7 @@ REVEALED = {
     "token_logps(x, x, return_entropy=True)": "tuple[Tensor, Tensor]",
     "linear_token_logps(x, x, x, return_entropy=False)": "Tensor",
     "linear_token_logps(x, x, x, return_entropy=True)": "tuple[Tensor, Tensor]",
+    "linear_token_logps(x, head, x, logits_dtype=torch.float32)": "Tensor",
 }
 REJECTED = [
     "r2vpo_loss(x, x, None, x, variance_coeff=1.0)",
@@ -37,6 +38,7 @@ REJECTED = [
     "r2vpo_loss(x, x, None, x, variance_coef='big')",
     "linear_r2vpo_loss(x, head, x, x, x, inplace=True)",
     "linear_r2vpo_loss(x, head, x, x, x, reduction='mean')",
+    "linear_r2vpo_loss(x, head, x, x, x, logits_dtype='float32')",
     "r2vpo_loss_from_logps(x, x, x, temperature=0.5)",
     "token_logps(x, x, entropy=True)",
     "token_logps(x, x, sampling_mask=[[1]])",
