@@ -108,7 +108,7 @@ class Objective:
             if value is not None:
                 batch.check_per_token(name, value, device, per_sequence=False)
         if variance_coef is None:
-            variance_coef = 0.5 if policy_loss == "ratio" else 0.0
+            variance_coef = default_variance_coef(policy_loss)
         variance_coef = batch.check_per_token(
             "variance_coef", variance_coef, device, number=True, minimum=0.0
         )
@@ -126,6 +126,11 @@ class Objective:
             center, ratio_level, importance_weights, ref_logps, kl_coef, kl_estimator, kl_unbiased,
             entropy_coef, temperature, log_ratio_clamp,
         )  # fmt: skip
+
+
+def default_variance_coef(policy_loss: str) -> float:
+    """λ where none is given: a clip needs no penalty."""
+    return 0.5 if policy_loss == "ratio" else 0.0
 
 
 def _checked_clip_range(

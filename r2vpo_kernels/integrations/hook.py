@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from torch import Tensor
 
-from ..checks import Center, KLEstimator, RatioLevel, invalid
+from ..checks import Center, KLEstimator, PolicyLoss, RatioLevel, invalid
 from ..loss import r2vpo_loss_from_logps
 from ..output import R2VPOOutput
 
@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 class Settings:
     """The options of `r2vpo_loss` that a trainer's configuration may hold.
 
-    Names are plain strings here, since OmegaConf reads no Literal; the loss checks them.
+    Names are plain strings here, since OmegaConf reads no Literal, and clip_range is [ε_low,
+    ε_high], since it reads no union with a list; the loss checks them.
     """
 
-    variance_coef: float = 0.5
+    policy_loss: str = "ratio"
+    clip_range: list[float] | None = None
+    dual_clip: float | None = None
+    variance_coef: float | None = None
     center: str = "one"
     ratio_level: str = "token"
     log_ratio_clamp: float = 20.0
@@ -36,11 +40,15 @@ class Settings:
 class LossOptions(TypedDict, total=False):
     """The keywords of `r2vpo_loss_from_logps` that choose the objective."""
 
-    variance_coef: float | Tensor
+    policy_loss: PolicyLoss
+    clip_range: float | tuple[float, float] | None
+    dual_clip: float | None
+    variance_coef: float | Tensor | None
     center: Center
     ratio_level: RatioLevel
     kl_coef: float
     kl_estimator: KLEstimator
+    kl_unbiased: bool
     log_ratio_clamp: float
 
 

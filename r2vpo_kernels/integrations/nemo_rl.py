@@ -5,10 +5,11 @@
 
 after setup(...), and in the YAML, beside the keys of loss_fn: variance_coef: 0.5, log_ratio_clamp:
 20. The clip ranges are not read. The surrogate, its importance weights, KL and the metrics that
-the trainer requires are NeMo-RL's; sequence_level_importance_ratios and token_level_loss apply to
-the penalty too. Tokens that NeMo-RL's corrections drop from the surrogate keep their penalty, and
-log_ratio_clamp bounds the penalty alone. The trainer passes no group ids and does not mark
-optimizer steps: center is "one" and λ a number.
+the trainer requires are NeMo-RL's, so policy_loss and its options are refused;
+sequence_level_importance_ratios and token_level_loss apply to the penalty too. Tokens that
+NeMo-RL's corrections drop from the surrogate keep their penalty, and log_ratio_clamp bounds the
+penalty alone. The trainer passes no group ids and does not mark optimizer steps: center is "one"
+and λ a number.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class R2VPOLossFn(ClippedPGLossFn):
     """Takes and returns what ClippedPGLossFn does."""
 
     def __init__(self, cfg: ClippedPGLossConfig) -> None:
-        refuse(cfg, "disable_ppo_ratio", "ratio_clip_c", "use_cispo")
+        refuse(
+            cfg, "disable_ppo_ratio", "ratio_clip_c", "use_cispo", "policy_loss", "clip_range",
+            "dual_clip",
+        )  # fmt: skip
         super().__init__(cfg)
         self.ratio_clip_min = self.ratio_clip_max = float("inf")
         self.settings = settings(cfg)

@@ -2,12 +2,13 @@
 
     from r2vpo_kernels.integrations.openrlhf import R2VPOPolicyLoss as PolicyLoss
 
-and, to change a default, variance_coef=... in its call of PolicyLoss. Nothing is clipped: eps_clip
-is not read. --actor.policy_loss_type gspo selects the sequence's ratio. --actor.loss_agg_mode and
---algo.advantage.is_correction_* (with gating "ratio" only) keep their meaning: the correction
-weights the advantage, and tokens that it drops have no penalty either. KL and entropy are added
-outside. The trainer passes no group ids and does not mark optimizer steps: center is "one" and λ a
-number.
+and, to change a default, variance_coef=... in its call of PolicyLoss. Nothing is clipped, and
+eps_clip is not read, unless that call has policy_loss="clip" (or "cispo"): then OpenRLHF's own
+ranges and dual clip are those of the loss. --actor.policy_loss_type gspo selects the sequence's
+ratio. --actor.loss_agg_mode and --algo.advantage.is_correction_* (with gating "ratio" only) keep
+their meaning: the correction weights the advantage, and tokens that it drops have no penalty
+either. KL and entropy are added outside. The trainer passes no group ids and does not mark
+optimizer steps: center is "one" and λ a number.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import Center
+from .. import checks
 from . import check_version
 from .hook import LossKeywords, Settings, metrics, refuse, required, token_losses
 
@@ -27,9 +28,10 @@ from openrlhf.models.loss import PolicyLoss, aggregate_loss, masked_mean  # noqa
 
 
 class R2VPOPolicyLoss(PolicyLoss):
-    """Takes and returns what PolicyLoss does, with three options more.
+    """Takes and returns what PolicyLoss does, with four options more.
 
-    The clip_ratio returned is the share of tokens whose log-ratio was clamped at log_ratio_clamp.
+    The clip_ratio returned is the share of tokens that are clipped; with policy_loss "ratio" of
+    those whose log-ratio was clamped at log_ratio_clamp.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class R2VPOPolicyLoss(PolicyLoss):
         is_correction_gating: str = "ratio",
         is_correction_threshold: Sequence[float] = (0.5, 5.0),
         *,
-        variance_coef: float = Settings.variance_coef,
-        center: Center = "one",
+        policy_loss: checks.PolicyLoss = "ratio",
+        variance_coef: float | None = Settings.variance_coef,
+        center: checks.Center = "one",
         log_ratio_clamp: float = Settings.log_ratio_clamp,
     ) -> None:
         super().__init__(
@@ -59,10 +62,14 @@ class R2VPOPolicyLoss(PolicyLoss):
             is_correction_gating,
             is_correction_threshold,
         )
-        refuse(self, "dual_clip")
+        if policy_loss != "clip":
+            refuse(self, "dual_clip")
         if self.is_correction_level != "off" and self.is_correction_gating != "ratio":
             refuse(self, "is_correction_gating")
         self.settings: LossKeywords = {
+            "policy_loss": policy_loss,
+            "clip_range": None if policy_loss == "ratio" else (clip_eps_low, clip_eps_high),
+            "dual_clip": dual_clip,
             "variance_coef": variance_coef,
             "center": center,
             "ratio_level": "sequence" if self.policy_loss_type == "gspo" else "token",
@@ -97,7 +104,11 @@ class R2VPOPolicyLoss(PolicyLoss):
             out.loss, mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
         )
         ppo_kl = _mean(old_log_probs - log_probs.detach(), mask)
-        return loss, metrics(out)["ratio/clamped"], ppo_kl, vllm_kl, filtered
+        shares = metrics(out)
+        clip_ratio = shares["ratio/clamped"]
+        if "clip/low" in shares:
+            clip_ratio = shares["clip/low"] + shares["clip/high"]
+        return loss, clip_ratio, ppo_kl, vllm_kl, filtered
 
     def _correction(
         self, old: Tensor, rollout: Tensor, mask: Tensor

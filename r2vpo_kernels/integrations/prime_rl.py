@@ -5,10 +5,10 @@
     import_path = "r2vpo_kernels.integrations.prime_rl.r2vpo_loss_fn"
     kwargs = { variance_coef = 0.5 }
 
-kwargs are keywords of `r2vpo_loss_from_logps`; kl_coef needs an algorithm that provides
-ref_logprobs. The old log-probs are the inference engine's. prime-rl divides the sum over samples by
-its global count of tokens. The trainer passes no group ids and does not mark optimizer steps:
-center is "one" and λ a number.
+kwargs are keywords of `r2vpo_loss_from_logps`; kl_coef and kl_unbiased need an algorithm that
+provides ref_logprobs. The old log-probs are the inference engine's. prime-rl divides the sum over
+samples by its global count of tokens. The trainer passes no group ids and does not mark optimizer
+steps: center is "one" and λ a number.
 """
 
 from __future__ import annotations

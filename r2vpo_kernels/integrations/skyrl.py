@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, invalid
+from ..objective import default_variance_coef
 from . import check_version
 from .hook import Settings, metrics, required, settings, token_losses
 
@@ -55,8 +56,9 @@ def r2vpo_policy_loss(
     length = mask.sum(-1, keepdim=True).clamp(min=1).expand_as(mask)
     if config.loss_reduction != "sequence_mean":
         length = torch.full_like(length, config.max_seq_len)
-    keywords = settings(config)
-    keywords["variance_coef"] = config.variance_coef / (config.mini_batch_size * length)
+    keywords, coef = settings(config), config.variance_coef
+    coef = default_variance_coef(config.policy_loss) if coef is None else coef
+    keywords["variance_coef"] = coef / (config.mini_batch_size * length)
     old = required("old_log_probs", old_log_probs, log_probs)
     # SkyRL multiplies a loss by its importance weights: applied to ones, they are the result.
     keywords["importance_weights"], mask, logged = ppo_utils.apply_off_policy_correction(

@@ -3,12 +3,13 @@
     --loss-type custom_loss --custom-config-path r2vpo.yaml  # r2vpo_variance_coef: 0.5, ...
     --custom-loss-function-path r2vpo_kernels.integrations.slime.r2vpo_loss_function
 
-It replaces slime's policy loss; --entropy-coef, --use-kl-loss, --kl-loss-coef, --kl-loss-type and
---use-rollout-logprobs keep their meaning. Other corrections, a custom reducer, and the estimators
-"gspo" and "cispo" are refused (r2vpo_ratio_level: sequence is gspo's ratio). Log-probs, under
-tensor and context parallelism too, and the sum over tokens are slime's own; under context
-parallelism r2vpo_ratio_level must be token. The trainer passes no group ids and does not mark
-optimizer steps: center is "one" and λ a number.
+It replaces slime's policy loss; --entropy-coef, --use-kl-loss, --kl-loss-coef, --kl-loss-type,
+--use-unbiased-kl and --use-rollout-logprobs keep their meaning. The clip ranges are not read: see
+r2vpo_policy_loss and r2vpo_clip_range. Other corrections, a custom reducer, and the estimators
+"gspo" and "cispo" are refused (r2vpo_ratio_level: sequence is gspo's ratio, r2vpo_policy_loss:
+cispo the other's loss). Log-probs, under tensor and context parallelism too, and the sum over
+tokens are slime's own; under context parallelism r2vpo_ratio_level must be token. The trainer
+passes no group ids and does not mark optimizer steps: center is "one" and λ a number.
 """
 
 from __future__ import annotations
@@ -37,9 +38,8 @@ def r2vpo_loss_function(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """logits (1, T, V) float32; the batch holds lists of tensors (response length,), by sample."""
     refuse(
-        args, "use_tis", "use_opsm", "use_unbiased_kl", "get_mismatch_metrics",
-        "custom_pg_loss_reducer_function_path",
-    )  # fmt: skip
+        args, "use_tis", "use_opsm", "get_mismatch_metrics", "custom_pg_loss_reducer_function_path"
+    )
     if args.advantage_estimator in ("gspo", "cispo"):
         raise invalid("advantage_estimator", args.advantage_estimator, "one without its own loss")
     names = ("unconcat_tokens", "total_lengths", "response_lengths")
@@ -68,8 +68,11 @@ def r2vpo_loss_function(
     terms = out.loss
     if args.use_kl_loss:
         ref = required("ref_log_probs", packed("ref_log_probs"), logps)
-        both = (torch.where(mask != 0, x, 0.0) for x in (logps, ref))
-        kl = loss.compute_approx_kl(*both, kl_loss_type=args.kl_loss_type)
+        new, base, behaviour = (torch.where(mask != 0, x, 0.0) for x in (logps, ref, old))
+        factor = (new - behaviour).exp() if args.use_unbiased_kl else None
+        kl = loss.compute_approx_kl(
+            new, base, kl_loss_type=args.kl_loss_type, importance_ratio=factor
+        )
         terms = terms + args.kl_loss_coef * kl
     # A rank without tokens still takes part in the backward's collectives.
     total = sum_of_sample_mean(terms) + (0 * logits.sum() if logps.numel() == 0 else 0)

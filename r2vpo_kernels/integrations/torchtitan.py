@@ -59,11 +59,12 @@ class R2VPOLoss(BaseLoss):
         loss = out.loss.sum() / denominator
         # The trainer sums metrics named *mean and *frac over chunks, ranks and micro-batches.
         share, means = mask.sum() / denominator, metrics(out)
+        shares = (name for name in ("ratio/clamped", "clip/low", "clip/high") if name in means)
         return loss, {
+            **{f"loss/{name.replace('/', '_')}_frac": means[name] * share for name in shares},
             "loss/mean": loss.detach(),
             "loss/ratio_mean": (out.stats.weight + out.stats.d_sum).sum() / denominator,
             "loss/ratio_second_moment_mean": out.stats.d_sq_sum.sum() / denominator,
-            "loss/ratio_clamped_frac": means["ratio/clamped"] * share,
             "loss/kl_old_mean": means["kl/old"] * share,
             "loss/ratio/max": means["ratio/max"],
         }

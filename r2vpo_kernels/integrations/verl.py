@@ -9,6 +9,11 @@ or actor_rollout_ref.model.external_lib=r2vpo_kernels.integrations.verl. To chan
             r2vpo_kernels.integrations.verl.R2VPOPolicyLossConfig \\
         +actor_rollout_ref.actor.policy_loss.variance_coef=1.0
 
+and so for the clipped losses, whose ranges are these and not verl's clip_ratio:
+
+        +actor_rollout_ref.actor.policy_loss.policy_loss=clip \\
+        +actor_rollout_ref.actor.policy_loss.clip_range=[0.2,0.28]
+
 loss_agg_mode and the global denominators are verl's, by its `agg_loss`; verl adds KL and entropy
 outside. verl averages a policy loss's metrics over micro-batches, ratio/min and ratio/max included.
 It passes no group ids and does not mark optimizer steps: center is "one" and λ a number.

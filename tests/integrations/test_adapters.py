@@ -44,14 +44,24 @@ def case(rows=3, length=5, seed=0):
     return tensors[0].requires_grad_(), *tensors[1:3], mask, tensors[3]
 
 
-def formula(logps, old, advantages, mask, *, coef=0.5, level="token", weight=1.0):
-    """Per token -s·A·ρ + λ·(ρ - 1)², 0 where masked, in plain torch."""
+def formula(logps, old, advantages, mask, *, coef=0.5, level="token", weight=1.0, clip=None):
+    """Per token -s·A·ρ + λ·(ρ - 1)², 0 where masked, in plain torch; max(-s·A·ρ, -s·A·clamp(ρ)) by
+    clip (ε_low, ε_high)."""
     logps, old, advantages = (torch.where(mask, x, 0.0) for x in (logps, old, advantages))
     delta = logps - old
     if level == "sequence":
         delta = (delta.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) + 0 * delta
     ratio = delta.exp()
-    return torch.where(mask, -weight * advantages * ratio + coef * (ratio - 1) ** 2, 0.0)
+    policy = -weight * advantages * ratio
+    if clip is not None:
+        clipped = -weight * advantages * ratio.clamp(1 - clip[0], 1 + clip[1])
+        assert 0 < (policy < clipped)[mask].sum() < mask.sum()
+        policy = torch.maximum(policy, clipped)
+    return torch.where(mask, policy + coef * (ratio - 1) ** 2, 0.0)
+
+
+# As YAML and TOML have it.
+CLIP = {"policy_loss": "clip", "clip_range": [0.1, 0.2]}
 
 
 def assert_same(loss, expected, leaf):
@@ -145,6 +155,15 @@ def test_openrlhf_without_penalty_and_clip_is_openrlhf(openrlhf, name):
     out = ours(variance_coef=0.0, **arguments)(*given, **batch_info)
     assert_same(out[0], expected[0], logps)
     assert out[1] == expected[1] == 0
+    clip = {"clip_eps_low": 0.1, "clip_eps_high": 0.2}
+    for options in (clip, clip | {"dual_clip": 1.3}):
+        clipped = real(**options, **arguments)(*given, **batch_info)
+        got = ours(policy_loss="clip", **options, **arguments)(*given, **batch_info)
+        assert_same(got[0], clipped[0], logps)
+        # OpenRLHF's share leaves out the dual clip, and has dropped tokens in it.
+        if "dual_clip" not in options and "dropped" not in name:
+            assert got[1] > 0
+            torch.testing.assert_close(got[1], clipped[1], rtol=0, atol=1e-6, check_dtype=False)
     for mine, theirs in zip(out[2:], expected[2:], strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None:
@@ -225,9 +244,9 @@ def slime_module(args_seen):
         return torch.empty(0), result
 
     def compute_approx_kl(log_probs, log_probs_base, kl_loss_type, importance_ratio=None):
-        assert importance_ratio is None
         r = log_probs - log_probs_base
         kl = {"k1": r, "k2": r**2 / 2}.get(kl_loss_type, (-r).exp() - 1 + r)
+        kl = kl if importance_ratio is None else importance_ratio * kl
         return kl.clamp(-10, 10) if kl_loss_type == "low_var_kl" else kl
 
     return {
@@ -286,11 +305,12 @@ def slime_case(stand_in, cp_slice=lambda x, total, response: x):
     return adapter, args, batch, logits, reducer, scored, denominators
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("kl", [None, "k1", "k2", "k3", "low_var_kl"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_slime(stand_in, level, kl):
+def test_slime(stand_in, level, kl, unbiased):
     adapter, args, batch, logits, reducer, scored, denominators = slime_case(stand_in)
-    args.r2vpo_ratio_level = level
+    args.r2vpo_ratio_level, args.use_unbiased_kl = level, unbiased
     args.use_kl_loss, args.kl_loss_type = kl is not None, kl or "k1"
     args.entropy_coef = 0.02
     args.use_rollout_logprobs = level == "sequence"
@@ -307,8 +327,10 @@ def test_slime(stand_in, level, kl):
         if kl:
             r = torch.where(m, logps, 0.0) - torch.where(m, batch["ref_log_probs"][i], 0.0)
             three = (-r).exp() - 1 + r
-            each = {"k1": r, "k2": r**2 / 2, "k3": three, "low_var_kl": three.clamp(-10, 10)}
-            terms = terms + 0.05 * each[kl]
+            each = {"k1": r, "k2": r**2 / 2, "k3": three, "low_var_kl": three}[kl]
+            if unbiased:
+                each = each * torch.where(m, logps - old[i], 0.0).exp()
+            terms = terms + 0.05 * (each.clamp(-10, 10) if kl == "low_var_kl" else each)
         expected = expected + terms.sum() / denominators[i]
     (gradient,) = torch.autograd.grad(loss, logits)
     (truth,) = torch.autograd.grad(expected, logits)
@@ -318,6 +340,24 @@ def test_slime(stand_in, level, kl):
     assert truth.abs().max() > 1e-3
     assert all(x.dim() == 0 and x.isfinite() and not x.requires_grad for x in logged.values())
     torch.testing.assert_close(logged["loss"], loss.detach())
+
+
+def test_slime_clips(stand_in):
+    """Without a penalty, unless one is set."""
+    adapter, args, batch, logits, reducer, scored, denominators = slime_case(stand_in)
+    del args.r2vpo_variance_coef
+    for name, value in CLIP.items():
+        setattr(args, f"r2vpo_{name}", value)
+    loss, _ = adapter.r2vpo_loss_function(args, batch, logits, reducer)
+    columns = [torch.cat(x)[None] for x in (scored["log_probs"], batch["log_probs"])]
+    advantages, mask = (torch.cat(batch[n])[None] for n in ("advantages", "loss_masks"))
+    terms = formula(*columns, advantages, mask == 1, coef=0.0, clip=CLIP["clip_range"])[0]
+    parts = zip(terms.split(batch["response_lengths"]), denominators, strict=True)
+    expected = sum(part.sum() / d for part, d in parts)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (truth,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, truth, rtol=2**-23, atol=1e-12)
 
 
 def test_slime_context_parallel_slices_masks_and_empty_ranks(stand_in):
@@ -376,8 +416,7 @@ def test_slime_bad_input(stand_in):
     for estimator in ("gspo", "cispo"):
         error(f"advantage_estimator: got {estimator}", advantage_estimator=estimator)
     for option in (
-        "use_tis", "use_opsm", "use_unbiased_kl", "get_mismatch_metrics",
-        "custom_pg_loss_reducer_function_path",
+        "use_tis", "use_opsm", "get_mismatch_metrics", "custom_pg_loss_reducer_function_path",
     ):  # fmt: skip
         error(f"{option}: got True, expected it unset", **{option: True})
 
@@ -499,6 +538,7 @@ def test_nemo_rl_on_policy_and_bad_input(stand_in):
         ({"use_cispo": True}, "use_cispo: got True"),
         ({"disable_ppo_ratio": True}, "disable_ppo_ratio: got True"),
         ({"ratio_clip_c": 3.0}, "ratio_clip_c: got 3.0"),
+        ({"policy_loss": "clip"}, "policy_loss: got 'clip', expected it unset"),
     ):
         with pytest.raises(ValueError, match=match):
             adapter.R2VPOLossFn(Namespace(**vars(cfg) | change))(logps, data, one, one)
@@ -549,6 +589,16 @@ def test_prime_rl(prime_rl, level, weighted):
     assert_same(sum(losses), (terms * weights if weighted else terms).sum(), logps)
 
 
+def test_prime_rl_clips_and_weights_the_kl(prime_rl):
+    logps, old, advantages, mask, ref = (x[0] for x in case(4, 7, seed=2))
+    given = LossInputs(logps, old, ref, advantages, mask)
+    out = prime_rl(given, **CLIP, kl_coef=0.1, kl_estimator="k2", kl_unbiased=True)
+    r, delta = (torch.where(mask, logps - x, 0.0) for x in (ref, old))
+    terms = formula(logps, old, advantages, mask, coef=0.0, clip=CLIP["clip_range"])
+    assert_same(out.loss, (terms + 0.1 * delta.exp() * r**2 / 2).sum(), logps)
+    assert out.metrics["clip/low"] + out.metrics["clip/high"] > 0
+
+
 def test_prime_rl_bad_input(prime_rl):
     logps, old, advantages, mask, _ = (x[0] for x in case())
     with pytest.raises(ValueError, match="inference_logprobs: got None"):
@@ -558,8 +608,11 @@ def test_prime_rl_bad_input(prime_rl):
         prime_rl(good, center="group")
     with pytest.raises(TypeError, match="variance_coeff: got an unknown keyword"):
         prime_rl(good, variance_coeff=1.0)
-    with pytest.raises(ValueError, match="ref_logps: got None"):
-        prime_rl(good, kl_coef=0.1)
+    for options in ({"kl_coef": 0.1}, {"kl_unbiased": True}):
+        with pytest.raises(ValueError, match="ref_logps: got None"):
+            prime_rl(good, **options)
+    with pytest.raises(ValueError, match="clip_range: got None, expected ε"):
+        prime_rl(good, policy_loss="clip")
 
 
 # SkyRL
@@ -625,6 +678,19 @@ def test_skyrl(skyrl, reduction, level, cap):
         assert kept.sum() < mask.sum()
     terms = formula(logps, old, advantages, kept, coef=1.5, level=level, weight=weight)
     assert_same(total, (terms / denominator).sum(), logps)
+
+
+@pytest.mark.parametrize(("options", "coef"), [({}, 0.5), (CLIP, 0.0)], ids=["ratio", "clip"])
+def test_skyrl_by_default(skyrl, options, coef):
+    config_class, loss_fn = skyrl
+    logps, old, advantages, mask, _ = case(4, 6, seed=5)
+    denominator = 4 * mask.sum(-1, keepdim=True).clamp(min=1)
+    loss, _ = loss_fn(
+        logps, old, advantages / denominator, config=config_class(mini_batch_size=4, **options),
+        loss_mask=mask.double(),
+    )  # fmt: skip
+    terms = formula(logps, old, advantages, mask, coef=coef, clip=options.get("clip_range"))
+    assert_same(loss, (terms / denominator).sum(), logps)
 
 
 def test_skyrl_bad_input(skyrl):
@@ -694,6 +760,19 @@ def test_torchtitan(titan, tokens):
             torch.testing.assert_close(loss, expected.float(), **close)
             ratio = "loss/ratio_mean"
             torch.testing.assert_close(logged[ratio], metrics[ratio], **close)
+
+
+def test_torchtitan_clipped_is_dapo(titan):
+    ours, real = titan
+    logits, labels, batch, _ = titan_case()
+    theirs = real.Config(ratio_clip_low=0.1, ratio_clip_high=0.2).build()
+    results = [f(logits, labels, 17, **batch) for f in (ours.Config(**CLIP).build(), theirs)]
+    (loss, logged), (expected, _) = results
+    close = {"rtol": 0, "atol": 1000 * 2**-24}
+    torch.testing.assert_close(loss, expected, **close)
+    gradients = [torch.autograd.grad(x, logits)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients, **close)
+    assert logged["loss/clip_low_frac"] + logged["loss/clip_high_frac"] > 0
 
 
 def test_torchtitan_in_chunks(titan):

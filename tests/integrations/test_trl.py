@@ -42,6 +42,7 @@ V, PROMPT, T, GROUP = len(WORDS), 4, 6, 4
 # The largest number of terms that a sum here has (tokens of a batch times vocabulary), each of
 # which may be rounded; what a gradient is compared with is the largest of all gradients.
 TERMS = 16 * T * V
+TEMPERATURE = 0.7
 F64, F32 = TERMS * 2.0**-53, TERMS * 2.0**-24
 SIZES = {"vocab_size": V, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 LLAMA = SIZES | {
@@ -159,6 +160,17 @@ def new_inputs(sequences=8, seed=1, masks=True):
     }
 
 
+def near_policy(inputs):
+    """The inputs with ratios about one, of sequences too, so that a clip takes some of them."""
+    tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    logps, _, _ = exact_logps(new_model(), tokens, attention, T, temperature=TEMPERATURE)
+    generator = torch.Generator().manual_seed(3)
+    gap = torch.linspace(-0.5, 0.5, len(tokens), dtype=torch.float64)[:, None]
+    gap = gap + 0.1 * torch.randn(logps.shape, generator=generator, dtype=torch.float64)
+    return inputs | {"old_per_token_logps": logps.detach() - gap}
+
+
 def with_options(trainer, inputs, importance, tools):
     """The keys that only vLLM and tools bring, whose own machinery is not run here."""
     generator = torch.Generator().manual_seed(2)
@@ -236,37 +248,72 @@ def weights(inputs, loss_type):
 EXTRAS = {
     "plain": {},
     "everything": {"beta": 0.3, "entropy_coef": 0.2, "importance": "token", "tools": True},
-    "per sequence": {"beta": 0.3, "importance": "sequence"},
+    "per sequence": {"beta": 0.3, "importance": "sequence", "use_bias_correction_kl": False},
 }
+
+
+def assert_equals_grpo(tmp_path, inputs, extras, of_ours, of_theirs, **shared):
+    """Loss, gradients, the metrics kl and entropy, in training and evaluation."""
+    options = EXTRAS[extras] | shared
+    importance, tools = options.pop("importance", None), options.pop("tools", False)
+    beta = options.pop("beta", 0.0)
+    options |= {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    options["temperature"] = TEMPERATURE
+    ours = new_trainer(tmp_path, **options | of_ours)
+    theirs = new_trainer(tmp_path, trl.GRPOTrainer, **options | of_theirs)
+    for trainer in (ours, theirs):
+        # The reference model itself is not needed.
+        trainer.beta = beta
+        given = with_options(trainer, inputs, importance, tools)
+    assert_same(run(ours, given), run(theirs, given))
+    for trainer in (ours, theirs):
+        trainer.model.eval()
+    assert_same(run(ours, given), run(theirs, given))
+    for mode in ("train", "eval"):
+        for name in ("entropy", "kl") if beta else ("entropy",):
+            got, expected = (t._metrics[mode][name] for t in (ours, theirs))
+            assert got == pytest.approx(expected, rel=F32)
+    return ours, theirs
 
 
 @pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", integration.LOSS_TYPES)
 def test_equals_grpo_without_penalty_and_clip(tmp_path, loss_type, level, extras):
-    """Also the metrics kl and entropy, and the loss of an evaluation."""
-    options = dict(EXTRAS[extras])
-    importance, tools = options.pop("importance", None), options.pop("tools", False)
-    beta = options.pop("beta", 0.0)
-    options |= {
-        "loss_type": loss_type, "importance_sampling_level": level,
-        "gradient_accumulation_steps": 2, "steps_per_generation": 4,
-        "use_bias_correction_kl": False, "temperature": 0.7,
-    }  # fmt: skip
-    ours = new_trainer(tmp_path, variance_coef=0.0, **options)
-    theirs = new_trainer(tmp_path, trl.GRPOTrainer, epsilon=1e9, **options)
-    for trainer in (ours, theirs):
-        # The reference model itself is not needed.
-        trainer.beta = beta
-        inputs = with_options(trainer, new_inputs(), importance, tools)
-    assert_same(run(ours, inputs), run(theirs, inputs))
-    for trainer in (ours, theirs):
-        trainer.model.eval()
-    assert_same(run(ours, inputs), run(theirs, inputs))
-    for mode in ("train", "eval"):
-        for name in ("entropy", "kl") if beta else ("entropy",):
-            got, expected = (t._metrics[mode][name] for t in (ours, theirs))
-            assert got == pytest.approx(expected, rel=F32)
+    assert_equals_grpo(
+        tmp_path, new_inputs(), extras, {"variance_coef": 0.0}, {"epsilon": 1e9},
+        loss_type=loss_type, importance_sampling_level=level,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("delta", [None, 1.3])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", integration.LOSS_TYPES)
+def test_clip_equals_grpo(tmp_path, loss_type, level, delta):
+    ours, theirs = assert_equals_grpo(
+        tmp_path, near_policy(new_inputs(16)), "everything", {"policy_loss": "clip"},
+        {}, epsilon=0.1, epsilon_high=0.2, delta=delta, loss_type=loss_type,
+        importance_sampling_level=level,
+    )  # fmt: skip
+    names = [f"clip_ratio/{name}_mean" for name in ("low", "high", "region")]
+    got, expected = ([t._metrics["train"][n][0] for n in names] for t in (ours, theirs))
+    assert all(0 < share < 1 for share in got)
+    # TRL's are shares of sequences at that level, and leave out what delta clips.
+    if level == "token" and delta is None:
+        assert got == pytest.approx(expected, rel=F32)
+    if level == "token" and delta is not None:
+        assert got[0] == pytest.approx(expected[0], rel=F32) and got[1] > expected[1] + 0.01
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_cispo_equals_that_of_trl(tmp_path, level):
+    ours, _ = assert_equals_grpo(
+        tmp_path, near_policy(new_inputs(16)), "everything", {"policy_loss": "cispo"},
+        {"loss_type": "cispo"}, epsilon_high=1.2, importance_sampling_level=level,
+    )  # fmt: skip
+    logged = ours._metrics["train"]
+    assert logged["clip_ratio/low_mean"] == [0.0]
+    assert 0 < logged["clip_ratio/high_mean"][0] < 1
 
 
 @pytest.mark.parametrize("center", ["one", "group"])
@@ -364,12 +411,18 @@ def test_linear_loss_equals_that_of_whole_logits(tmp_path, name, options):
     assert_same(got, expected, F64 if name in ("gpt2", "tied") else F32)
 
 
-def test_linear_loss_in_float32(tmp_path):
+@pytest.mark.parametrize("policy_loss", ["ratio", "clip"])
+def test_linear_loss_in_float32(tmp_path, policy_loss):
     """The kernels that users get, beside TRL's."""
     linear, plain = (
-        new_trainer(tmp_path, model=new_model().float(), exact=False, use_linear_loss=use)
+        new_trainer(
+            tmp_path, model=new_model().float(), exact=False, use_linear_loss=use,
+            policy_loss=policy_loss,
+        )
         for use in (True, False)
-    )
+    )  # fmt: skip
+    for trainer in (linear, plain):
+        trainer.beta = 0.3
     inputs = {k: v.float() if v.is_floating_point() else v for k, v in new_inputs().items()}
     assert_same(run(linear, inputs), run(plain, inputs), F32)
 
@@ -744,12 +797,27 @@ def test_ranks_are_one_batch(tmp_path):
         ({"loss_type": "vespo"}, "loss_type: got 'vespo', expected"),
         ({"importance_sampling_level": "group"}, "importance_sampling_level: got 'group', exp"),
         ({"center": "two"}, "center: got 'two', expected one of 'one', 'group'"),
-        ({"epsilon": 0.3}, "epsilon: got 0.3, expected 0.2: nothing is clipped"),
-        ({"epsilon_high": 0.28}, "epsilon_high: got 0.28, expected None: nothing is clipped"),
-        ({"delta": 2.0}, "delta: got 2.0, expected None"),
+        ({"policy_loss": "ppo"}, "policy_loss: got 'ppo', expected one of 'ratio', 'clip', 'cisp"),
+        ({"epsilon": 0.3}, "epsilon: got 0.3, expected 0.2: policy_loss 'ratio' does not read it"),
+        ({"epsilon_high": 0.28}, "epsilon_high: got 0.28, expected None: policy_loss 'ratio'"),
+        ({"delta": 2.0}, "delta: got 2.0, expected None: policy_loss 'ratio' does not read it"),
+        ({"policy_loss": "clip", "epsilon": 1.5}, "epsilon: got 1.5, expected a finite number"),
+        ({"policy_loss": "clip", "epsilon_high": -1.0}, "epsilon_high: got -1.0, expected a fini"),
+        (
+            {"policy_loss": "clip", "epsilon_high": 0.28, "delta": 1.25},
+            "delta: got 1.25, expected at least 1 + epsilon_high",
+        ),
+        ({"policy_loss": "cispo"}, "epsilon_high: got None, expected at least 1: with policy_loss"),
+        (
+            {"policy_loss": "cispo", "epsilon_high": 0.28},
+            "epsilon_high: got 0.28, expected at least 1: with policy_loss",
+        ),
+        (
+            {"policy_loss": "cispo", "epsilon_high": 5.0, "epsilon": 0.1},
+            "epsilon: got 0.1, expected 0.2: policy_loss 'cispo' does not read it",
+        ),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold: got 0.5, expected None"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile: got 0.2, expected 1.0"),
-        ({"use_bias_correction_kl": True}, "use_bias_correction_kl: got True, expected False"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy: got True, expected False"),
         ({"use_liger_kernel": True}, "use_liger_kernel: got True, expected False"),
         ({"variance_coef": -1.0}, "variance_coef: got -1.0, expected a finite number from 0"),
@@ -762,7 +830,7 @@ def test_ranks_are_one_batch(tmp_path):
         ({"variance_target": 0.1}, "variance_target: got 0.1, expected None: variance_coef_mode"),
         (
             {"variance_coef_mode": "fenchel", "variance_target": 0.1, "variance_coef": 1.0},
-            "variance_coef: got 1.0, expected 0.5: variance_coef_mode 'fenchel' does not read it",
+            "variance_coef: got 1.0, expected None: variance_coef_mode 'fenchel' does not read it",
         ),
         ({"variance_coef_lr": 1.0}, "variance_coef_lr: got 1.0, expected 0.1"),
         ({"sapo_temperature_pos": 3.0}, "sapo_temperature_pos: got 3.0, expected 1.0"),
@@ -778,6 +846,15 @@ def test_options_that_have_no_place(options, message):
     with pytest.raises(ValueError) as error:
         R2VPOConfig(use_cpu=True, bf16=False, **options)
     assert str(error.value).startswith(message)
+
+
+def test_default_of_the_coefficient():
+    """A clip has no penalty, but where the dual is to move one."""
+    dual = {"variance_coef_mode": "dual", "variance_target": 0.1}
+    for options, expected in (({}, (0.5, 0.0)), (dual, (0.5, 0.5))):
+        for policy_loss, coef in zip(("ratio", "clip"), expected, strict=True):
+            config = R2VPOConfig(use_cpu=True, bf16=False, policy_loss=policy_loss, **options)
+            assert config.variance_coef == coef
 
 
 def test_options_on_the_command_line():

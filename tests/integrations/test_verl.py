@@ -94,6 +94,34 @@ def test_ranks_and_micro_batches_sum_to_the_formula(mode, level):
     assert_same(total, expected, logps)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("vanilla", {"policy_loss": "clip", "dual_clip": 1.3}),
+        ("gspo", {"policy_loss": "clip", "ratio_level": "sequence"}),
+        ("cispo", {"policy_loss": "cispo"}),
+    ],
+)
+def test_clip_is_that_of_verl(theirs, ours):
+    logps, old, advantages, mask, rollout = (x.detach().nan_to_num() for x in case(9, 7))
+    logps.requires_grad_()
+    weights = (old - rollout).exp()
+    # Ratios of whole sequences on both sides of one. Their tokens have one advantage and weight:
+    # only then has verl's gspo the gradient of the sequence's ratio.
+    old = old - torch.linspace(-0.5, 0.5, 9, dtype=torch.float64)[:, None]
+    advantages, weights = (x[:, :1].expand_as(x) for x in (advantages, weights))
+    clip = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.2, "clip_ratio_c": 1.3}
+    loss = R2VPOPolicyLossConfig(clip_range=[0.1, 0.2], **ours)
+    config = actor(loss, "seq-mean-token-mean", **clip)
+    batch = (logps, old, advantages, mask.bool(), weights)
+    (got, metrics), (expected, logged) = (call(n, config, *batch) for n in ("r2vpo", theirs))
+    assert_same(got, expected, logps)
+    low, high = metrics["actor/clip/low"].item(), metrics["actor/clip/high"].item()
+    assert low > 0 and high > 0
+    share = logged["actor/pg_clipfrac"] + logged["actor/pg_clipfrac_lower"]
+    assert low + high == pytest.approx(share, rel=1e-6)
+
+
 def nested(rows):
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
@@ -147,11 +175,15 @@ def test_settings_come_by_verls_own_configuration():
         f"+{prefix}.policy_loss.variance_coef=0.75",
         f"+{prefix}.policy_loss.ratio_level=sequence",
     ]
+    clip = [
+        *ours[:2], f"+{prefix}.policy_loss.policy_loss=clip",
+        f"+{prefix}.policy_loss.clip_range=[0.1,0.2]",
+    ]  # fmt: skip
     case_ = [x.detach().nan_to_num() for x in case()]
     logps, old, advantages, mask = case_[0], *case_[1:3], case_[3].bool()
     losses = []
     with initialize_config_module("verl.trainer.config", version_base=None):
-        for overrides in (basics, basics + ours):
+        for overrides in (basics, basics + ours, basics + clip):
             composed = compose("ppo_trainer", overrides=overrides)
             config = omega_conf_to_dataclass(composed.actor_rollout_ref.actor)
             losses.append(call("r2vpo", config, logps, old, advantages, mask)[0])
@@ -160,6 +192,7 @@ def test_settings_come_by_verls_own_configuration():
     expected = [
         formula(logps, old, advantages, mask).sum() / mask.sum(),
         formula(logps, old, advantages, mask, coef=0.75, level="sequence").sum() / mask.sum(),
+        formula(logps, old, advantages, mask, coef=0.75, clip=(0.1, 0.2)).sum() / mask.sum(),
     ]
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
 

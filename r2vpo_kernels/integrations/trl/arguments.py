@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from ...checks import Center, RatioLevel, Reduction
+from ...checks import Center, PolicyLoss, RatioLevel, Reduction
 from .config import R2VPOConfig
 
 
@@ -17,6 +17,9 @@ class LossArguments(TypedDict):
 
     old_logps: Tensor | None
     advantages: Tensor
+    policy_loss: PolicyLoss
+    clip_range: tuple[float, float] | None
+    dual_clip: float | None
     variance_coef: float | Tensor
     center: Center | Tensor
     group_ids: Tensor | None
@@ -28,6 +31,7 @@ class LossArguments(TypedDict):
     importance_weights: Tensor | None
     ref_logps: Tensor | None
     kl_coef: float
+    kl_unbiased: bool
     log_ratio_clamp: float
 
 
@@ -46,6 +50,9 @@ def loss_arguments(
     arguments: LossArguments = {
         "old_logps": old_logps,
         "advantages": inputs["advantages"],
+        "policy_loss": config.policy_loss,
+        "clip_range": config.clip_range,
+        "dual_clip": config.delta,
         "variance_coef": variance_coef,
         "center": "one",
         "group_ids": None,
@@ -57,6 +64,7 @@ def loss_arguments(
         "importance_weights": None,
         "ref_logps": None,
         "kl_coef": trainer.beta,
+        "kl_unbiased": config.use_bias_correction_kl and trainer.beta != 0.0,
         "log_ratio_clamp": config.log_ratio_clamp,
     }
     if trainer.beta != 0.0:

@@ -22,7 +22,7 @@ def new_constraint(config: R2VPOConfig, device: torch.device) -> VarianceConstra
     """The dual of variance_coef_mode "dual", None in the other modes."""
     if config.variance_coef_mode != "dual":
         return None
-    assert config.variance_target is not None
+    assert config.variance_target is not None and config.variance_coef is not None
     return VarianceConstraint(
         config.variance_target,
         center=config.center,
@@ -47,14 +47,15 @@ def save_constraint(constraint: VarianceConstraint, checkpoint: Path) -> None:
     torch.save(constraint.state_dict(), checkpoint / CONSTRAINT_FILE)
 
 
-def load_constraint(constraint: VarianceConstraint, checkpoint: Path, initial_coef: float) -> None:
-    """Restore λ; warn where the checkpoint has none, and leave it at `initial_coef`."""
+def load_constraint(constraint: VarianceConstraint, checkpoint: Path) -> None:
+    """Restore λ; warn where the checkpoint has none, and leave it where it starts."""
     path = checkpoint / CONSTRAINT_FILE
     if path.exists():
         state = torch.load(path, map_location=constraint.coef.device, weights_only=True)
         constraint.load_state_dict(state)
     else:
-        warnings.warn(f"{path} does not exist: λ starts anew at {initial_coef}", stacklevel=3)
+        coef = constraint.coef.item()
+        warnings.warn(f"{path} does not exist: λ starts anew at {coef:g}", stacklevel=3)
 
 
 def closed_form(trainer: GRPOTrainer, generated: dict[str, Any], num_groups: int) -> Tensor:

@@ -9,13 +9,16 @@ from trl import GRPOConfig
 
 from ...checks import (
     CENTERS,
+    POLICY_LOSSES,
     RATIO_LEVELS,
     Center,
+    PolicyLoss,
     check_choice,
     check_number,
     check_positive,
     invalid,
 )
+from ...objective import default_variance_coef
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 VarianceCoefMode = Literal["fixed", "dual", "fenchel"]
@@ -34,14 +37,17 @@ _OPTIONS_OF_MODE: dict[str, tuple[str, ...]] = {
     "fenchel": ("variance_target",),
 }
 
+# The options of GRPO that each policy loss reads.
+_OPTIONS_OF_POLICY_LOSS: dict[str, tuple[str, ...]] = {
+    "ratio": (),
+    "clip": ("epsilon", "epsilon_high", "delta"),
+    "cispo": ("epsilon_high",),
+}
+
 # The options of GRPO that would have no effect, and why.
 _REFUSED = {
-    "epsilon": "nothing is clipped, the penalty takes the place of the clip",
-    "epsilon_high": "nothing is clipped, the penalty takes the place of the clip",
-    "delta": "nothing is clipped, log_ratio_clamp bounds the ratio",
     "off_policy_mask_threshold": "no sequence is left out for its divergence",
     "top_entropy_quantile": "no token is left out for its entropy",
-    "use_bias_correction_kl": "the KL term is not multiplied by the ratio",
     "use_liger_kernel": "the loss is not Liger's",
 }
 _REFUSED |= dict.fromkeys(
@@ -66,19 +72,30 @@ class R2VPOConfig(GRPOConfig):
     """GRPOConfig with the options of the R²VPO loss.
 
     loss_type chooses how tokens are averaged, among "grpo", "bnpo", "dr_grpo", "dapo" and "luspo",
-    each with TRL's own denominator. beta is the coefficient of the KL term (k3), entropy_coef that
-    of the bonus (the mean over a micro-batch's tokens, whatever the loss type),
-    importance_sampling_level the level of the ratio, and the options of vLLM's
-    importance-sampling correction set the weights on the advantages. Options of GRPO that would
-    have no effect raise a ValueError.
+    each with TRL's own denominator. policy_loss chooses what the advantage multiplies: with "clip"
+    the loss is GRPO's, by epsilon, epsilon_high and delta, and TRL's loss type "cispo" is
+    policy_loss "cispo" with loss_type "dapo". beta is the coefficient of the KL term (k3),
+    use_bias_correction_kl multiplies that by the ratio, entropy_coef is the coefficient of the
+    bonus (the mean over a micro-batch's tokens, whatever the loss type), importance_sampling_level
+    the level of the ratio, and the options of vLLM's importance-sampling correction set the weights
+    on the advantages. Options of GRPO that would have no effect raise a ValueError.
     """
 
-    variance_coef: float = field(
-        default=0.5,
+    policy_loss: PolicyLoss = field(
+        default="ratio",
+        metadata={
+            "help": "What the advantage multiplies. 'ratio': the importance ratio ρ, not clipped. "
+            "'clip': ρ clipped as by GRPO, by `epsilon`, `epsilon_high` and `delta`. 'cispo': the "
+            "log-probability, weighted by the constant min(ρ, `epsilon_high`)."
+        },
+    )
+    variance_coef: float | None = field(
+        default=None,
         metadata={
             "help": "λ, the coefficient of the penalty λ(ρ - c)² on the importance ratio ρ; where "
-            "it starts with `variance_coef_mode='dual'`. The gradient of a token vanishes at "
-            "ρ = 1 + A/(2λ)."
+            "it starts with `variance_coef_mode='dual'`. With `policy_loss='ratio'` the gradient "
+            "of a token vanishes at ρ = 1 + A/(2λ). If `None`, 0.5 with `policy_loss='ratio'` or "
+            "`variance_coef_mode='dual'`, else 0."
         },
     )
     variance_coef_mode: VarianceCoefMode = field(
@@ -131,24 +148,27 @@ class R2VPOConfig(GRPOConfig):
             "no DeepSpeed ZeRO-3, no FSDP1."
         },
     )
-    use_bias_correction_kl: bool = field(
-        default=False,
-        metadata={"help": "Not supported: the KL term is not multiplied by the importance ratio."},
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         check_choice("importance_sampling_level", self.importance_sampling_level, RATIO_LEVELS)
+        check_choice("policy_loss", self.policy_loss, POLICY_LOSSES)
         check_choice("center", self.center, CENTERS)
         check_choice("variance_coef_mode", self.variance_coef_mode, VARIANCE_COEF_MODES)
         for name, reason in _REFUSED.items():
             self._expect_default(name, reason)
+        self._check_clip()
         mode = self.variance_coef_mode
         for name in _OPTIONS_OF_MODE["dual"]:
             if name not in _OPTIONS_OF_MODE[mode]:
                 self._expect_default(name, f"variance_coef_mode {mode!r} does not read it")
-        check_number("variance_coef", self.variance_coef, 0.0)
+        if self.variance_coef is None and "variance_coef" in _OPTIONS_OF_MODE[mode]:
+            # The dual moves λ by factors and cannot start from 0: with it a clip has a penalty too.
+            dual = mode == "dual"
+            self.variance_coef = default_variance_coef("ratio" if dual else self.policy_loss)
+        if self.variance_coef is not None:
+            check_number("variance_coef", self.variance_coef, 0.0)
         if "variance_target" in _OPTIONS_OF_MODE[mode]:
             if self.variance_target is None:
                 raise invalid(
@@ -159,6 +179,33 @@ class R2VPOConfig(GRPOConfig):
             self._expect_default("cast_lm_head_to_fp32", "use_linear_loss has no cast of its own")
             if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
                 raise invalid("use_linear_loss", True, "False under DeepSpeed ZeRO-3")
+
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        """That of the loss: (ε_low, ε_high), or None with policy_loss "ratio"."""
+        if self.policy_loss == "ratio":
+            return None
+        if self.policy_loss == "cispo":
+            # TRL takes the highest weight itself, and has no lowest.
+            assert self.epsilon_high is not None
+            return 1.0, self.epsilon_high - 1.0
+        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def _check_clip(self) -> None:
+        for name in _OPTIONS_OF_POLICY_LOSS["clip"]:
+            if name not in _OPTIONS_OF_POLICY_LOSS[self.policy_loss]:
+                self._expect_default(name, f"policy_loss {self.policy_loss!r} does not read it")
+        if self.policy_loss == "cispo" and not (self.epsilon_high or 0) >= 1:
+            expected = "at least 1: with policy_loss 'cispo' it is the highest weight, as in TRL"
+            raise invalid("epsilon_high", self.epsilon_high, expected)
+        if self.policy_loss == "clip":
+            assert self.clip_range is not None
+            low, high = self.clip_range
+            check_number("epsilon", low, 0.0, 1.0)
+            check_number("epsilon_high", high, 0.0)
+            if self.delta is not None and not self.delta >= 1 + high:
+                expected = "at least 1 + epsilon_high: below, TRL clips gains at delta too"
+                raise invalid("delta", self.delta, expected)
 
     def _expect_default(self, name: str, reason: str) -> None:
         value, default = getattr(self, name), self.__dataclass_fields__[name].default

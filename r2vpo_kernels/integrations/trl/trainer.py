@@ -38,11 +38,23 @@ if TYPE_CHECKING:
     )
     from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
+# The metrics that TRL has too, by its names.
+TRL_METRICS = {
+    "kl/ref": "kl",
+    "entropy": "entropy",
+    "clip/low": "clip_ratio/low_mean",
+    "clip/high": "clip_ratio/high_mean",
+    "clip/region": "clip_ratio/region_mean",
+}
+
 
 class R2VPOTrainer(GRPOTrainer):
     """A GRPOTrainer that optimises the R²VPO loss (Eq. 5), with the token weights w of loss_type:
 
-        L = Σ w·(-s·A·ρ) + Σ w·λ·(ρ - c)² + β·Σ w·KL(logp, ref) - η·mean(H),    ρ = exp(logp - old)
+        L = Σ w·P + Σ w·λ·(ρ - c)² + β·Σ w·m·KL(logp, ref) - η·mean(H),    ρ = exp(logp - old)
+
+    where P is -s·A·ρ, or as policy_loss says (`r2vpo_loss`), and m is ρ, with its gradient, or 1
+    without use_bias_correction_kl.
 
     In torch, for loss_type "bnpo" without the last two terms and without accumulation:
 
@@ -69,9 +81,11 @@ class R2VPOTrainer(GRPOTrainer):
       weights of loss_type; the same λ for all micro-batches of that generation batch.
 
     Logged beside TRL's own metrics: r2vpo/variance_coef, r2vpo/ratio/mean, /var, /min, /max, /ess,
-    /clamped, r2vpo/kl/old, r2vpo/loss/policy, r2vpo/loss/penalty (`R2VPOOutput.metrics`), and TRL's
-    kl and entropy; TRL's clip_ratio/*, policy_loss and entropy_coef are not. Each value is of one
-    micro-batch over all ranks; TRL logs the mean over micro-batches, of minima and maxima too.
+    /clamped, r2vpo/kl/old, r2vpo/loss/policy, r2vpo/loss/penalty (`R2VPOOutput.metrics`), TRL's kl
+    and entropy, and with policy_loss "clip" or "cispo" clip_ratio/low_mean, /high_mean and
+    /region_mean, shares of tokens (what delta clips is in high_mean); TRL's policy_loss and
+    entropy_coef are not. Each value is of one micro-batch over all ranks; TRL logs the mean over
+    micro-batches, of minima and maxima too.
 
     Args: those of GRPOTrainer, with `args` an R2VPOConfig.
 
@@ -194,7 +208,10 @@ class R2VPOTrainer(GRPOTrainer):
     def _variance_coef(self, inputs: dict[str, Any]) -> float | Tensor:
         if self.args.variance_coef_mode == "fenchel":
             return require(inputs, "variance_coef", "for variance_coef_mode 'fenchel'")
-        return self.args.variance_coef if self._constraint is None else self._constraint.coef
+        if self._constraint is not None:
+            return self._constraint.coef
+        assert self.args.variance_coef is not None
+        return self.args.variance_coef
 
     def _logps(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -237,9 +254,12 @@ class R2VPOTrainer(GRPOTrainer):
         self, out: R2VPOOutput, mask: Tensor, variance_coef: float | Tensor, steps: int
     ) -> None:
         self._log_value("r2vpo/variance_coef", float(variance_coef))
-        for name, value in gather_metrics(self.accelerator, out, mask).items():
-            if name in ("kl/ref", "entropy"):
-                self._log_value("kl" if name == "kl/ref" else name, value)
+        metrics = gather_metrics(self.accelerator, out, mask)
+        if "clip/low" in metrics:
+            metrics["clip/region"] = metrics["clip/low"] + metrics["clip/high"]
+        for name, value in metrics.items():
+            if name in TRL_METRICS:
+                self._log_value(TRL_METRICS[name], value)
             elif name.startswith("loss/"):
                 # These were divided by `steps`, and TRL logs the mean over micro-batches.
                 self._log_value(f"r2vpo/{name}", value * steps)
@@ -255,4 +275,4 @@ class R2VPOTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._constraint is not None and checkpoint is not None:
-            load_constraint(self._constraint, Path(checkpoint), self.args.variance_coef)
+            load_constraint(self._constraint, Path(checkpoint))
