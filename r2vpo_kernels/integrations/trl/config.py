@@ -72,9 +72,9 @@ class R2VPOConfig(GRPOConfig):
     """GRPOConfig with the options of the R²VPO loss.
 
     loss_type chooses how tokens are averaged, among "grpo", "bnpo", "dr_grpo", "dapo" and "luspo",
-    each with TRL's own denominator; policy_loss chooses what they do to the ratio: with "clip" the
-    loss is GRPO's, by epsilon, epsilon_high and delta, and TRL's loss type "cispo" is policy_loss
-    "cispo" with loss_type "dapo". beta is the coefficient of the KL term (k3),
+    each with TRL's own denominator. policy_loss chooses what the advantage multiplies: with "clip"
+    the loss is GRPO's, by epsilon, epsilon_high and delta, and TRL's loss type "cispo" is
+    policy_loss "cispo" with loss_type "dapo". beta is the coefficient of the KL term (k3),
     use_bias_correction_kl multiplies that by the ratio, entropy_coef is the coefficient of the
     bonus (the mean over a micro-batch's tokens, whatever the loss type), importance_sampling_level
     the level of the ratio, and the options of vLLM's importance-sampling correction set the weights
@@ -164,9 +164,9 @@ class R2VPOConfig(GRPOConfig):
             if name not in _OPTIONS_OF_MODE[mode]:
                 self._expect_default(name, f"variance_coef_mode {mode!r} does not read it")
         if self.variance_coef is None and "variance_coef" in _OPTIONS_OF_MODE[mode]:
-            # The dual moves λ by factors: it cannot start from 0.
-            unclipped = "ratio" if mode == "dual" else self.policy_loss
-            self.variance_coef = default_variance_coef(unclipped)
+            # The dual moves λ by factors and cannot start from 0: with it a clip has a penalty too.
+            dual = mode == "dual"
+            self.variance_coef = default_variance_coef("ratio" if dual else self.policy_loss)
         if self.variance_coef is not None:
             check_number("variance_coef", self.variance_coef, 0.0)
         if "variance_target" in _OPTIONS_OF_MODE[mode]:
