@@ -306,11 +306,18 @@ def linear_r2vpo_loss(
             A DTensor is taken as logits are by `r2vpo_loss`, but H may not be sharded.
         weight: (V, H), in the dtype of hidden, unless under autocast, whose dtype the products then
             have. Or the head itself, a torch.nn.Linear, whose weight and bias are taken and whose
-            hooks do not run; an adapter, or another class, is refused. A DTensor (FSDP2) is cast to
-            hidden's dtype and gathered once; its gradient is the mean over ranks.
+            hooks do not run, or one that peft's LoRA wraps: each active adapter adds scaling · B A
+            to the weight by thin products, and A and B get their gradients. Dropout in training
+            mode, DoRA, other adapters, adapters with tp_group and other classes are refused. A
+            DTensor (FSDP2) is cast to hidden's dtype and gathered once; its gradient is the mean
+            over ranks.
         bias: (V,), or None.
         softcap: C > 0 in C·tanh(logits / C), or None. Its slope takes a second buffer.
         logit_scale: what hidden · weightᵀ + bias is multiplied by, before the softcap.
+        logits_dtype: of the logits and of their gradient. None: that of the products. float32
+            beside bfloat16 or float16: logits are not rounded, which makes log-probs more exact;
+            their gradient is rounded once, for its products. They take twice the memory, and on a
+            CPU a float32 product. The sparse head's are float32 in any case.
         chunk_tokens: tokens in a chunk at most. None: all, where their logits need no more than the
             budget of 256 MiB on a CPU, 1 GiB elsewhere, plus the float32 sum that one chunk saves;
             else as many as the budget holds, in chunks of equal size.
@@ -682,8 +689,9 @@ def linear_token_logps(
     One matrix product; for the gradient three more, in backward.
 
     Args:
-        hidden, weight, bias, softcap, logit_scale, chunk_tokens, compact, tp_group: as for
-            `linear_r2vpo_loss`; what the backward leaves out are tokens that get no gradient.
+        hidden, weight, bias, softcap, logit_scale, logits_dtype, chunk_tokens, compact, tp_group:
+            as for `linear_r2vpo_loss`; what the backward leaves out are tokens that get no
+            gradient.
         labels, temperature, mask, ignore_index, sampling_mask, return_entropy, backend: as for
             `token_logps`.
 
