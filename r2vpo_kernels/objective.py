@@ -147,11 +147,6 @@ def default_variance_coef(policy_loss: str) -> float:
     return 0.5 if policy_loss == "ratio" else 0.0
 
 
-def default_variance_coef(policy_loss: str) -> float:
-    """λ where none is given: a clip needs no penalty."""
-    return 0.5 if policy_loss == "ratio" else 0.0
-
-
 def _checked_clip_range(
     clip_range: float | tuple[float, float] | None, policy_loss: PolicyLoss
 ) -> tuple[float, float]:
