@@ -143,24 +143,37 @@ PRODUCTS = Contender("three products", lambda: three_products, None)
 
 
 def ours(backend: str) -> list[Contender]:
-    def loss(hidden: Tensor, weight: Tensor, task: Task, center: str = "one") -> Tensor:
+    def loss(hidden: Tensor, weight: Tensor, task: Task, **options: Any) -> Tensor:
         return linear_r2vpo_loss(
             hidden, weight, task.labels, task.old_logps, task.advantages, backend=backend,
-            variance_coef=task.variance_coef, center=center,
+            variance_coef=task.variance_coef, **options,
         ).loss  # fmt: skip
 
-    def log_probs(hidden: Tensor, weight: Tensor, task: Task) -> Tensor:
-        return linear_token_logps(hidden, weight, task.labels, backend=backend)
-
-    def contender(name: str, function: Function, objective: Objective | None) -> Contender:
-        return Contender(f"{backend} {name}", lambda: function, objective, why_not, ours=True)
+    def log_probs(hidden: Tensor, weight: Tensor, task: Task, **options: Any) -> Tensor:
+        return linear_token_logps(hidden, weight, task.labels, backend=backend, **options)
 
     # Of hidden states it asks the same as of logits.
     why_not = from_logits.ours(backend)[-1].why_not
+
+    def why_not_wider(hidden: Tensor) -> str | None:
+        wide = hidden.dtype == torch.float32
+        return "its logits are float32 as they are" if wide else why_not(hidden)
+
+    def contender(
+        name: str, function: Function, objective: Objective | None, why_not: Any = why_not
+    ) -> Contender:
+        return Contender(f"{backend} {name}", lambda: function, objective, why_not, ours=True)
+
+    def float32(name: str, function: Function, objective: Objective | None) -> Contender:
+        function = functools.partial(function, logits_dtype=torch.float32)
+        return contender(f"{name}, float32 logits", function, objective, why_not_wider)
+
     return [
         contender("linear", loss, plain_objective),
         contender("linear, group", functools.partial(loss, center="group"), group_objective),
         contender("linear log-probs", log_probs, None),
+        float32("linear", loss, plain_objective),
+        float32("linear log-probs", log_probs, None),
     ]
 
 

@@ -24,7 +24,7 @@ from support.small_steps import walk_in_small_steps  # noqa: E402
 from r2vpo_kernels.backends import registry  # noqa: E402
 
 # The trainers are installed for one Python (requirements-dev.txt).
-TRAINERS = ["test_adapters.py", "test_trl.py", "test_verl.py"]
+TRAINERS = ["integrations", "linear/test_adapter.py"]
 collect_ignore = [] if sys.version_info[:2] == (3, 11) else TRAINERS
 
 settings.register_profile(

@@ -133,6 +133,17 @@ def test_linear_contenders_are_right_and_recorded(tmp_path, dtype):
     assert (tmp_path / "linear.png").stat().st_size > 0
 
 
+def test_float32_logits_of_halves_are_as_exact_as_their_sums(tmp_path):
+    names = ["cpp linear, float32 logits", "cpp linear log-probs, float32 logits"]
+    code, rows = run_linear(tmp_path / "halves", "bfloat16", *names)
+    assert code == 0
+    # Eager torch rounds logits at 2⁻⁹; these are sums of 16 products in float32.
+    assert float(rows[names[1]]["rms_over_eager"]) < 16 * 2.0**-24 / 2.0**-9
+    code, rows = run_linear(tmp_path / "float32", "float32", *names)
+    assert code == 0
+    assert all(rows[name]["status"].startswith("no: its logits are float32") for name in names)
+
+
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_linear_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, fault):
     right = linear.ours("cpp")[0]
