@@ -28,6 +28,7 @@ from test_cpp import build
 
 from r2vpo_kernels import SamplingMask, ops, r2vpo_loss, token_logps
 from r2vpo_kernels.backends import calls, cuda, registry
+from r2vpo_kernels.output import METRICS
 
 ROOT = Path(__file__).parents[2]
 CUDA = pytest.mark.skipif(not cuda.SIMULATED, reason="on a GPU the kernels themselves are tested")
@@ -589,7 +590,7 @@ def finished(tokens, length, groups, level, seed):
     results = []
     for _ in range(2):
         means, stats = torch.full((2, groups), math.nan), torch.full((3, groups), math.nan)
-        loss, metrics = torch.tensor(math.nan), torch.full((13,), math.nan)
+        loss, metrics = torch.tensor(math.nan), torch.full((len(METRICS),), math.nan)
         slopes = torch.full((2, tokens), math.nan)
         cuda.means(t, logps, calls.NOTHING, means)
         cuda.finish(t, logps, None, calls.NOTHING, means, loss, stats, metrics, *slopes)
@@ -618,7 +619,7 @@ def test_a_ticket_that_is_taken_leaves_no_last_block(poisoned):
     """What the test above would see, if a block came to its end before others."""
     t = prepared(torch.zeros(50, dtype=torch.long), 1, 10)
     t.workspace.view(torch.int32)[calls.TICKETS + 1] = 1000
-    metrics = torch.full((13,), math.nan)
+    metrics = torch.full((len(METRICS),), math.nan)
     cuda.finish(
         t, torch.zeros(50), None, calls.NOTHING, None, torch.empty(()), torch.empty(3, 1), metrics,
         None, None,
