@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from support.small_steps import walk_in_small_steps  # noqa: E402
 
 from r2vpo_kernels.backends import registry  # noqa: E402
+from r2vpo_kernels.sources import products  # noqa: E402
 
 # The trainers are installed for one Python (requirements-dev.txt).
 TRAINERS = ["integrations", "linear/test_adapter.py"]
@@ -74,6 +75,17 @@ def kernels(request):
 @pytest.fixture(scope="session")
 def device():
     return torch.device(DEVICE_NAME)
+
+
+@pytest.fixture(scope="module", params=["native", "float32"])
+def halves(request):
+    """How a CPU multiplies them, whatever its units; in blocks of which a product needs several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R2VPO_KERNELS_HALF_PRODUCTS", request.param)
+        patch.setattr(products, "SIDE", 8)
+        patch.setattr(products, "ALIGNED", 4)
+        patch.setattr(products, "TILE", {"elsewhere": 100})
+        yield request.param
 
 
 def pytest_collection_finish(session):
