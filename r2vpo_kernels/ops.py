@@ -19,6 +19,7 @@ from .backends import registry
 from .backends.calls import (
     FAULTS,
     NOTHING,
+    NUMBERS,
     Column,
     Prepare,
     Support,
@@ -139,7 +140,6 @@ CALL = """SymInt[] shape, Tensor? labels, Tensor? mask, SymInt ignore_index, Ten
     Tensor? center, bool empirical_center, str ratio_level, Tensor? importance_weights,
     Tensor? ref_logps, str kl_estimator, bool kl_unbiased, Tensor? temperature, float[] numbers,
     Tensor? number_vector, bool with_entropy, str backend"""
-NUMBERS = 9
 
 
 @dataclass(slots=True)

@@ -27,6 +27,8 @@ HEADER = FAULTS + MOST_PARTS
 ROWS = 11
 SUPPORT_ROWS = 3
 UNIT_ROWS = 3
+# How many numbers an objective has: those of ops.Call.numbers.
+NUMBERS = 9
 
 
 class Support(NamedTuple):

@@ -479,10 +479,10 @@ class LinearLogits:
         )  # fmt: skip
 
     def _is_sparse(self, batch: Batch) -> bool:
-        mask = batch.sampling_mask
+        # It forms no products with adapters.
         if self.lora_a is not None:
             return False
-        return is_worthwhile(mask, self.hidden, self.vocabulary, self.compact)
+        return is_worthwhile(batch.sampling_mask, self.hidden, self.vocabulary, self.compact)
 
     def of_shard(self, shard: VocabularyShard) -> LinearLogits:
         if shard.words or self.backend == "eager":

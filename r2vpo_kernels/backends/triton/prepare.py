@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ...checks import MIN_TEMPERATURE
+from ..calls import NUMBERS
 from . import launch
 from .workspace import (
     ADVANTAGE,
@@ -376,7 +377,7 @@ def prepare(p) -> None:
             t.tokens, t.units, t.groups, p.unit_length, p.units_per_group, p.ignore_index,
             p.vocabulary, p.first_word, p.words, ids, p.sampling_vocabulary, ids.bit_length(),
             missing_full, int(p.sparse_head), int(p.mean_over_unit), p.count_kind,
-            *((0.0,) * 9 if given else p.numbers),
+            *((0.0,) * NUMBERS if given else p.numbers),
         ),
         UNITS=unit_tile, TOKENS=token_tile,
     )  # fmt: skip
