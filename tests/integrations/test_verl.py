@@ -8,8 +8,8 @@ import pytest
 import torch
 import verl.trainer.ppo.core_algos as core_algos
 from hydra import compose, initialize_config_module
+from support.trainers import NAN, assert_same, case, formula
 from tensordict import TensorDict
-from test_adapters import NAN, assert_same, case, formula
 from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig, PolicyLossConfig
