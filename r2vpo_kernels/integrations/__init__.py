@@ -4,32 +4,67 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import re
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
-def check_version(package: str, at_least: str, below: str) -> None:
-    """Raise ImportError unless `package` is installed at a version in [at_least, below)."""
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        # A checkout on the path has no metadata, but may define __version__.
+class Trainer:
+    """What an adapter needs of its trainer, looked for where it is used.
+
+    Versions are not compared: main branches, forks and checkouts name none, or another.
+
+    Args:
+        package: the trainer's distribution, as pip names it.
+        tested: the versions that the adapter was run with, for people to read.
+    """
+
+    def __init__(self, package: str, tested: str) -> None:
+        self.package = package
+        self.tested = tested
+
+    @property
+    def version(self) -> str:
         try:
-            found = importlib.import_module(package.replace("-", "_")).__version__
-        except (ImportError, AttributeError):
-            found = "none"
-    if not _numbers(at_least) <= _numbers(found) < _numbers(below):
-        raise ImportError(
-            f"{package}: got version {found}, expected at least {at_least} and below {below}"
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            # A checkout on the path has no metadata, but may define __version__.
+            try:
+                return str(importlib.import_module(self.package.replace("-", "_")).__version__)
+            except (ImportError, AttributeError):
+                return "unknown"
+
+    def unmet(self, need: str) -> ImportError:
+        return ImportError(
+            f"{self.package}: got version {self.version}, which {need}; "
+            f"this adapter was tested with {self.tested}"
         )
 
+    @contextmanager
+    def imports(self) -> Iterator[None]:
+        """Around the adapter's imports of the trainer: a name that is not there is named."""
+        try:
+            yield
+        except ImportError as error:
+            raise self.unmet(f"cannot be imported as needed ({error})") from error
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """1.16.0rc1 → (1, 16): the release's numbers, without suffix and without trailing zeros.
+    def takes(self, function: Callable[..., Any], *parameters: str) -> None:
+        """Raise ImportError unless `function` has these parameters."""
+        known = inspect.signature(function).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            return
+        missing = [name for name in parameters if name not in known]
+        if missing:
+            where = f"{function.__module__}.{function.__qualname__}"
+            raise self.unmet(f"has {where} without the parameter {missing[0]}")
 
-    A string that starts with no number gives (), which is below every version.
-    """
-    release = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(n) for n in release[0].split(".")] if release else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
+    def has(self, owner: Any, *attributes: str) -> None:
+        """Raise ImportError unless `owner`, a class or module, has these attributes.
+
+        A dataclass has its fields.
+        """
+        fields = getattr(owner, "__dataclass_fields__", {})
+        missing = [name for name in attributes if not hasattr(owner, name) and name not in fields]
+        if missing:
+            raise self.unmet(f"has {owner.__name__} without {missing[0]}")

@@ -1,20 +1,25 @@
 """What the adapters share: a loss per token, which the trainer aggregates as it does its own.
 
 Every aggregation mode and every global denominator thus means what it means for the trainer's own
-losses. These trainers pass no group ids to a loss and do not mark optimizer steps, so neither
-center "group" nor `VarianceConstraint` is available behind them.
+losses. These trainers pass no group ids to a loss, so center "group" is not available behind them.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypedDict, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import Center, KLEstimator, PolicyLoss, RatioLevel, invalid
 from ..loss import r2vpo_loss_from_logps
+from ..objective import default_variance_coef
 from ..output import R2VPOOutput
+from .steps import OptimizerSteps, variance_constraint
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,6 +31,11 @@ class Settings:
 
     Names are plain strings here, since OmegaConf reads no Literal, and clip_range is [ε_low,
     ε_high], since it reads no union with a list; the loss checks them.
+
+    With variance_target λ follows the dual, `VarianceConstraint`, once per optimizer step: it
+    starts at variance_coef (default 0.5), moves by variance_coef_lr, and stays within
+    variance_coef_min and variance_coef_max. variance_coef_file keeps it for a run that resumes: λ
+    is taken from there if it exists, and written there after each step.
     """
 
     policy_loss: str = "ratio"
@@ -35,6 +45,16 @@ class Settings:
     center: str = "one"
     ratio_level: str = "token"
     log_ratio_clamp: float = 20.0
+    variance_target: float | None = None
+    variance_coef_lr: float = 0.1
+    variance_coef_min: float = 1e-3
+    variance_coef_max: float = 100.0
+    variance_coef_file: str | None = None
+
+
+# The settings of the dual, with the defaults of `Settings`; the others are keywords of the loss.
+_DUAL = ("variance_target", "variance_coef_lr", "variance_coef_min", "variance_coef_max")
+_NOT_OF_THE_LOSS = (*_DUAL, "variance_coef_file")
 
 
 class LossOptions(TypedDict, total=False):
@@ -63,12 +83,54 @@ class LossKeywords(LossOptions, total=False):
 
 
 def settings(config: object, prefix: str = "") -> LossKeywords:
-    """The `Settings` that `config` has as attributes, each named `prefix` + its own name."""
-    names = [f.name for f in fields(Settings)]
+    """The keywords of the loss among `config`'s attributes, each named `prefix` + its own name."""
+    names = [f.name for f in fields(Settings) if f.name not in _NOT_OF_THE_LOSS]
     found = {
         name: getattr(config, prefix + name) for name in names if hasattr(config, prefix + name)
     }
     return cast("LossKeywords", found)
+
+
+_steps: dict[tuple[Any, ...], OptimizerSteps] = {}
+
+
+def optimizer_steps(
+    config: object,
+    prefix: str = "",
+    *,
+    advice: str | None,
+    group: Callable[[], dist.ProcessGroup | None] = lambda: None,
+) -> OptimizerSteps:
+    """The optimizer steps of this process's policy, with the dual that `config` asks for.
+
+    There is one for each choice of the dual's settings, which lives as long as the process:
+    trainers send losses to their workers by pickle, or give a function alone. `advice` and `group`
+    as in `OptimizerSteps`.
+    """
+    options = {n: getattr(config, prefix + n, getattr(Settings, n)) for n in _DUAL}
+    coef = options["variance_coef"] = getattr(config, prefix + "variance_coef", None)
+    with_dual = options["variance_target"] is not None
+    if coef is None:
+        coef = default_variance_coef(getattr(config, prefix + "policy_loss", "ratio"))
+    if coef == 0 and not with_dual:
+        advice = None
+    path = getattr(config, prefix + "variance_coef_file", None)
+    key = (advice, path, *options.items()) if with_dual else (advice,)
+    if key not in _steps:
+        constraint = variance_constraint(**options, prefix=prefix) if with_dual else None
+        file = None if path is None else Path(path)
+        _steps[key] = OptimizerSteps(constraint, advice=advice, group=group, file=file)
+    return _steps[key]
+
+
+def megatron_group() -> dist.ProcessGroup | None:
+    """The ranks that call the loss under Megatron, where it trains; else None, all ranks."""
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is None or not parallel_state.is_initialized():
+        return None
+    group: dist.ProcessGroup
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group
 
 
 def refuse(config: object, *options: str) -> None:
@@ -92,22 +154,33 @@ def token_losses(
     advantages: Tensor,
     mask: Tensor | None,
     old_name: str,
+    steps: OptimizerSteps,
     **keywords: Unpack[LossKeywords],
 ) -> R2VPOOutput:
     """`r2vpo_loss_from_logps(..., reduction="none")`: 0 at masked tokens, whatever they hold.
 
     old_name is the trainer's name for old_logps. None is an error here, where `r2vpo_loss` reads it
-    as on-policy: a trainer that lost its old log-probs must not train as if it were on-policy.
+    as on-policy: a trainer that lost its old log-probs must not train as if it were on-policy. λ is
+    that of `steps`, if they have a dual; they follow what is trained on.
     """
     old_logps = required(old_name, old_logps, logps)
     center = keywords.get("center", "one")
     if center != "one":
         raise invalid("center", repr(center), "'one': this trainer passes no group ids to its loss")
-    return r2vpo_loss_from_logps(
+    if steps.constraint is not None:
+        keywords["variance_coef"] = steps.constraint.coef
+    out = r2vpo_loss_from_logps(
         logps, old_logps, advantages, mask=mask, reduction="none", **keywords
     )
+    if logps.requires_grad:
+        steps.follow(out.stats)
+    return out
 
 
-def metrics(out: R2VPOOutput) -> dict[str, Tensor]:
-    """`out.metrics()` without loss/*: sums that have no denominator with reduction "none"."""
-    return {name: x for name, x in out.metrics().items() if not name.startswith("loss/")}
+def metrics(out: R2VPOOutput, steps: OptimizerSteps) -> dict[str, Tensor]:
+    """`out.metrics()` and those of the last optimizer step.
+
+    Without loss/*: sums that have no denominator with reduction "none".
+    """
+    of_call = {name: x for name, x in out.metrics().items() if not name.startswith("loss/")}
+    return of_call | steps.metrics()

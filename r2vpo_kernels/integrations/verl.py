@@ -1,41 +1,65 @@
-"""verl 0.9: the policy loss "r2vpo", registered when this module is imported.
+"""verl: the policy loss "r2vpo". Where this package is installed, verl finds it as a plugin:
 
-    VERL_USE_EXTERNAL_MODULES=r2vpo_kernels.integrations.verl python -m verl.trainer.main_ppo ... \\
-        actor_rollout_ref.actor.policy_loss.loss_mode=r2vpo
+    python -m verl.trainer.main_ppo ... actor_rollout_ref.actor.policy_loss.loss_mode=r2vpo
 
-or actor_rollout_ref.model.external_lib=r2vpo_kernels.integrations.verl. To change a default, add
+and, to be told why it could not be loaded, or without plugins (VERL_USE_EXTERNAL_PLUGINS=none),
+
+        actor_rollout_ref.model.external_lib=r2vpo_kernels.integrations.verl
+
+To change a default, add
 
         actor_rollout_ref.actor.policy_loss._target_=\\
             r2vpo_kernels.integrations.verl.R2VPOPolicyLossConfig \\
         +actor_rollout_ref.actor.policy_loss.variance_coef=1.0
 
-and so for the clipped losses, whose ranges are these and not verl's clip_ratio:
+for the dual variance_target=0.02 and variance_coef_file=/shared/run/lambda.json (verl's checkpoints
+have no place for λ), and so for the clipped losses, whose ranges are these and not verl's
+clip_ratio:
 
         +actor_rollout_ref.actor.policy_loss.policy_loss=clip \\
         +actor_rollout_ref.actor.policy_loss.clip_range=[0.2,0.28]
 
-loss_agg_mode and the global denominators are verl's, by its `agg_loss`; verl adds KL and entropy
-outside. verl averages a policy loss's metrics over micro-batches, ratio/min and ratio/max included.
-It passes no group ids and does not mark optimizer steps: center is "one" and λ a number.
+The old log-probs are recomputed by the trainer. With algorithm.rollout_correction.bypass_mode=True
+they are the rollout engine's, and the penalty sees how old the data are; rollout_rs has no effect
+then and is refused. loss_agg_mode and the global denominators are verl's, by its `agg_loss`; verl
+adds KL and entropy outside. verl averages a policy loss's metrics over micro-batches, ratio/min and
+ratio/max included; those of an optimizer step are in actor/step/*. It passes no group ids: center
+is "one".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import check_version
-from .hook import LossKeywords, Settings, metrics, settings, token_losses
+from ..checks import invalid
+from . import Trainer
+from .hook import (
+    LossKeywords,
+    Settings,
+    megatron_group,
+    metrics,
+    optimizer_steps,
+    settings,
+    token_losses,
+)
 
 if TYPE_CHECKING:
     from verl.workers.config import ActorConfig
 
-check_version("verl", "0.9", "0.10")
+verl = Trainer("verl", tested="0.9.1")
+with verl.imports():
+    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+    from verl.workers.config import PolicyLossConfig
+verl.takes(agg_loss, "dp_size", "batch_num_tokens", "global_batch_size", "loss_scale_factor")
+verl.has(PolicyLossConfig, "rollout_correction")
 
-from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss  # noqa: E402
-from verl.workers.config import PolicyLossConfig  # noqa: E402
+ADVICE = (
+    "Set algorithm.rollout_correction.bypass_mode=True, or take several optimizer steps per batch "
+    "(actor.ppo_mini_batch_size, actor.ppo_epochs)."
+)
 
 
 @dataclass
@@ -56,15 +80,25 @@ def r2vpo_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """All tensors (batch, response length); config is the actor's."""
     assert config is not None  # verl's own losses declare it optional too, and always get it
+    refuse_rejection_in_bypass_mode(config.policy_loss)
+    steps = optimizer_steps(config.policy_loss, advice=ADVICE, group=megatron_group)
     keywords: LossKeywords = {
         **settings(config.policy_loss),
         "importance_weights": rollout_is_weights,
     }
     out = token_losses(
-        log_prob, old_log_prob, advantages, response_mask, "old_log_prob", **keywords
+        log_prob, old_log_prob, advantages, response_mask, "old_log_prob", steps, **keywords
     )
     loss = agg_loss(out.loss, response_mask, loss_agg_mode, **config.global_batch_info)
-    return loss, {f"actor/{name}": value for name, value in metrics(out).items()}
+    return loss, {f"actor/{name}": value for name, value in metrics(out, steps).items()}
+
+
+def refuse_rejection_in_bypass_mode(config: PolicyLossConfig) -> None:
+    """verl leaves rejection to a loss of its own there."""
+    correction: Any = config.rollout_correction
+    if correction and correction.get("bypass_mode") and correction.get("rollout_rs"):
+        expected = "null: with bypass_mode verl's own loss alone rejects"
+        raise invalid("rollout_correction.rollout_rs", repr(correction.get("rollout_rs")), expected)
 
 
 register_policy_loss("r2vpo")(r2vpo_policy_loss)
