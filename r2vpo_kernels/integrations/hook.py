@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import Center, KLEstimator, PolicyLoss, RatioLevel, invalid
+from ..dual import VarianceConstraint
 from ..loss import r2vpo_loss_from_logps
 from ..objective import default_variance_coef
 from ..output import R2VPOOutput
@@ -23,6 +25,11 @@ from .steps import OptimizerSteps, variance_constraint
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+# Whose log-probs the ratio is taken to: recomputed by the trainer, or the rollout engine's.
+Anchor = Literal["old", "rollout"]
+ANCHORS: tuple[str, ...] = get_args(Anchor)
 
 
 @dataclass(kw_only=True)
@@ -91,6 +98,17 @@ def settings(config: object, prefix: str = "") -> LossKeywords:
     return cast("LossKeywords", found)
 
 
+def check_settings(config: object, prefix: str = "") -> None:
+    """Raise what the loss would raise for these options, before there is a batch."""
+    token = torch.zeros(1, 1)
+    try:
+        _check_center(settings(config, prefix))
+        r2vpo_loss_from_logps(token, token, token, **settings(config, prefix))
+    except (TypeError, ValueError) as error:
+        raise type(error)(prefix + str(error)) from None
+    _constraint(config, prefix)
+
+
 _steps: dict[tuple[Any, ...], OptimizerSteps] = {}
 
 
@@ -107,20 +125,28 @@ def optimizer_steps(
     trainers send losses to their workers by pickle, or give a function alone. `advice` and `group`
     as in `OptimizerSteps`.
     """
-    options = {n: getattr(config, prefix + n, getattr(Settings, n)) for n in _DUAL}
-    coef = options["variance_coef"] = getattr(config, prefix + "variance_coef", None)
-    with_dual = options["variance_target"] is not None
+    coef = getattr(config, prefix + "variance_coef", None)
+    options = tuple(getattr(config, prefix + n, getattr(Settings, n)) for n in _NOT_OF_THE_LOSS)
+    target, *_, path = options
     if coef is None:
         coef = default_variance_coef(getattr(config, prefix + "policy_loss", "ratio"))
-    if coef == 0 and not with_dual:
+    if target is None and coef == 0:
         advice = None
-    path = getattr(config, prefix + "variance_coef_file", None)
-    key = (advice, path, *options.items()) if with_dual else (advice,)
+    key = (advice, coef, *options) if target is not None else (advice,)
     if key not in _steps:
-        constraint = variance_constraint(**options, prefix=prefix) if with_dual else None
         file = None if path is None else Path(path)
-        _steps[key] = OptimizerSteps(constraint, advice=advice, group=group, file=file)
+        _steps[key] = OptimizerSteps(
+            _constraint(config, prefix), advice=advice, group=group, file=file
+        )
     return _steps[key]
+
+
+def _constraint(config: object, prefix: str) -> VarianceConstraint | None:
+    options = {n: getattr(config, prefix + n, getattr(Settings, n)) for n in _DUAL}
+    if options["variance_target"] is None:
+        return None
+    coef = getattr(config, prefix + "variance_coef", None)
+    return variance_constraint(**options, variance_coef=coef, prefix=prefix)
 
 
 def megatron_group() -> dist.ProcessGroup | None:
@@ -164,9 +190,7 @@ def token_losses(
     that of `steps`, if they have a dual; they follow what is trained on.
     """
     old_logps = required(old_name, old_logps, logps)
-    center = keywords.get("center", "one")
-    if center != "one":
-        raise invalid("center", repr(center), "'one': this trainer passes no group ids to its loss")
+    _check_center(keywords)
     if steps.constraint is not None:
         keywords["variance_coef"] = steps.constraint.coef
     out = r2vpo_loss_from_logps(
@@ -175,6 +199,12 @@ def token_losses(
     if logps.requires_grad:
         steps.follow(out.stats)
     return out
+
+
+def _check_center(keywords: LossKeywords) -> None:
+    center = keywords.get("center", "one")
+    if center != "one":
+        raise invalid("center", repr(center), "'one': this trainer passes no group ids to its loss")
 
 
 def metrics(out: R2VPOOutput, steps: OptimizerSteps) -> dict[str, Tensor]:

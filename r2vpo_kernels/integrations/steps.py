@@ -133,8 +133,8 @@ class OptimizerSteps:
         self._moved = self._moved + stats.d_sq_sum.sum()
         if self._watched == STEPS_WATCHED and float(self._moved) == 0:
             warnings.warn(
-                f"r2vpo: in the first {STEPS_WATCHED} optimizer steps every importance ratio was "
-                f"exactly 1, so the variance penalty is 0 and variance_coef has no effect. {advice}",
+                f"in the first {STEPS_WATCHED} optimizer steps every importance ratio was exactly "
+                f"1: the variance penalty is 0, and variance_coef has no effect. {advice}",
                 stacklevel=2,
             )
 

@@ -12,19 +12,27 @@ To change a default, add
             r2vpo_kernels.integrations.verl.R2VPOPolicyLossConfig \\
         +actor_rollout_ref.actor.policy_loss.variance_coef=1.0
 
-for the dual variance_target=0.02 and variance_coef_file=/shared/run/lambda.json (verl's checkpoints
-have no place for λ), and so for the clipped losses, whose ranges are these and not verl's
-clip_ratio:
+and so for the dual, with a file for λ, which verl's checkpoints have no place for,
+
+        +actor_rollout_ref.actor.policy_loss.variance_target=0.02 \\
+        +actor_rollout_ref.actor.policy_loss.variance_coef_file=/shared/run/lambda.json
+
+and for the clipped losses, whose ranges are these and not verl's clip_ratio:
 
         +actor_rollout_ref.actor.policy_loss.policy_loss=clip \\
         +actor_rollout_ref.actor.policy_loss.clip_range=[0.2,0.28]
 
-The old log-probs are recomputed by the trainer. With algorithm.rollout_correction.bypass_mode=True
-they are the rollout engine's, and the penalty sees how old the data are; rollout_rs has no effect
-then and is refused. loss_agg_mode and the global denominators are verl's, by its `agg_loss`; verl
-adds KL and entropy outside. verl averages a policy loss's metrics over micro-batches, ratio/min and
-ratio/max included; those of an optimizer step are in actor/step/*. It passes no group ids: center
-is "one".
+verl recomputes the old log-probs by the trainer. To take the rollout engine's, so that the penalty
+sees how old the data are,
+
+        algorithm.rollout_correction.bypass_mode=True \\
+        '+actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}'
+
+whose second line lets rollout_rs be refused, which has no effect then.
+
+loss_agg_mode and the global denominators are verl's, by its `agg_loss`; verl adds KL and entropy
+outside. It averages a policy loss's metrics over micro-batches, ratio/min and ratio/max included;
+those of the last optimizer step are actor/step/*. It passes no group ids: center is "one".
 """
 
 from __future__ import annotations
@@ -39,6 +47,7 @@ from . import Trainer
 from .hook import (
     LossKeywords,
     Settings,
+    check_settings,
     megatron_group,
     metrics,
     optimizer_steps,
@@ -68,6 +77,13 @@ class R2VPOPolicyLossConfig(Settings, PolicyLossConfig):
 
     loss_mode: str = "r2vpo"
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+        correction: Any = self.rollout_correction
+        if correction and correction.get("bypass_mode") and correction.get("rollout_rs"):
+            got, expected = repr(correction.get("rollout_rs")), "null: bypass_mode ignores it"
+            raise invalid("rollout_correction.rollout_rs", got, expected)
+
 
 def r2vpo_policy_loss(
     old_log_prob: Tensor,
@@ -80,7 +96,6 @@ def r2vpo_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """All tensors (batch, response length); config is the actor's."""
     assert config is not None  # verl's own losses declare it optional too, and always get it
-    refuse_rejection_in_bypass_mode(config.policy_loss)
     steps = optimizer_steps(config.policy_loss, advice=ADVICE, group=megatron_group)
     keywords: LossKeywords = {
         **settings(config.policy_loss),
@@ -91,14 +106,6 @@ def r2vpo_policy_loss(
     )
     loss = agg_loss(out.loss, response_mask, loss_agg_mode, **config.global_batch_info)
     return loss, {f"actor/{name}": value for name, value in metrics(out, steps).items()}
-
-
-def refuse_rejection_in_bypass_mode(config: PolicyLossConfig) -> None:
-    """verl leaves rejection to a loss of its own there."""
-    correction: Any = config.rollout_correction
-    if correction and correction.get("bypass_mode") and correction.get("rollout_rs"):
-        expected = "null: with bypass_mode verl's own loss alone rejects"
-        raise invalid("rollout_correction.rollout_rs", repr(correction.get("rollout_rs")), expected)
 
 
 register_policy_loss("r2vpo")(r2vpo_policy_loss)

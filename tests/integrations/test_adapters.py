@@ -10,8 +10,9 @@ import types
 
 import pytest
 
-from r2vpo_kernels import r2vpo_loss
-from r2vpo_kernels.integrations import check_version
+from r2vpo_kernels import VarianceConstraint, r2vpo_loss
+from r2vpo_kernels.integrations import Trainer
+from r2vpo_kernels.integrations.hook import Settings
 
 # What `import r2vpo_kernels` must leave alone.
 FRAMEWORKS = ("verl", "openrlhf", "slime", "nemo_rl", "prime_rl", "skyrl", "torchtitan", "trl")
@@ -27,50 +28,64 @@ def test_the_package_imports_no_framework():
 
 
 def test_defaults_are_those_of_the_loss():
-    from r2vpo_kernels.integrations.hook import Settings
-
-    signature = inspect.signature(r2vpo_loss).parameters
+    loss, constraint = (inspect.signature(f).parameters for f in (r2vpo_loss, VarianceConstraint))
     for field in dataclasses.fields(Settings):
-        assert field.default == signature[field.name].default
+        if field.name in loss:
+            assert field.default == loss[field.name].default
+        elif field.name.startswith("variance_coef_") and field.name != "variance_coef_file":
+            name = field.name.removeprefix("variance_coef_")
+            assert field.default == constraint[name if name == "lr" else f"{name}_coef"].default
+        else:
+            assert field.default is None
 
 
-@pytest.mark.parametrize(
-    ("adapter", "package"),
-    [(name, name.replace("_", "-")) for name in FRAMEWORKS[:-1]],
-)
-def test_an_incompatible_version_is_named(monkeypatch, adapter, package):
-    name = f"r2vpo_kernels.integrations.{adapter}"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(importlib.metadata, "version", lambda n: "99.1" if n == package else "0")
-    with pytest.raises(
-        ImportError, match=rf"{package}: got version 99\.1, expected at least 0\.\d"
-    ):
-        importlib.import_module(name)
+@pytest.mark.parametrize("adapter", FRAMEWORKS)
+def test_a_trainer_that_is_not_there_is_named(monkeypatch, adapter):
+    for name in list(sys.modules):
+        if name.startswith(f"r2vpo_kernels.integrations.{adapter}"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, adapter, None)
+    package = adapter.replace("_", "-")
+    message = rf"{package}: got version .*, which cannot be imported as needed .*tested with"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module(f"r2vpo_kernels.integrations.{adapter}")
 
 
-@pytest.mark.parametrize(
-    ("found", "fits"),
-    [
-        ("1.16.0", True), ("1.16", True), ("1.16.9.post1", True), ("1.16.0rc1", True),
-        ("1.9.0", False), ("1.17.0", False), ("1.17.0.dev3", False), ("1.160", False),
-        ("2", False), ("unknown", False),
-    ],
-)  # fmt: skip
-def test_versions_are_compared_as_numbers(monkeypatch, found, fits):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
-    if fits:
-        check_version("trl", "1.16", "1.17")
-    else:
-        with pytest.raises(ImportError, match=f"trl: got version {found}, .*1.16 and below 1.17"):
-            check_version("trl", "1.16", "1.17")
+def some_function(a, *, b=1):
+    pass
 
 
-def test_a_checkout_names_its_version_itself(monkeypatch):
+@dataclasses.dataclass
+class Record:
+    a: int
+    b: list = dataclasses.field(default_factory=list)
+
+
+def test_what_a_trainer_lacks_is_named(monkeypatch):
     module = types.ModuleType("some_trainer")
     module.__version__ = "0.3.1"
     monkeypatch.setitem(sys.modules, "some_trainer", module)
-    check_version("some-trainer", "0.3", "0.4")
-    with pytest.raises(ImportError, match=r"got version 0\.3\.1, expected at least 0\.4"):
-        check_version("some-trainer", "0.4", "0.5")
-    with pytest.raises(ImportError, match="no-trainer: got version none"):
-        check_version("no-trainer", "0.1", "0.2")
+    trainer = Trainer("some-trainer", tested="0.2 and 0.3.0")
+    assert trainer.version == "0.3.1"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "7.0.dev1")
+    assert trainer.version == "7.0.dev1"
+    trainer.takes(some_function, "a", "b")
+    trainer.takes(lambda **keywords: None, "a")
+    trainer.has(Record, "a", "b", "__init__")
+    found = r"some-trainer: got version 7\.0\.dev1, which "
+    tested = r"; this adapter was tested with 0\.2 and 0\.3\.0"
+    with pytest.raises(
+        ImportError, match=found + ".*some_function without the parameter c" + tested
+    ):
+        trainer.takes(some_function, "a", "c", "d")
+    with pytest.raises(ImportError, match=found + "has Record without c" + tested):
+        trainer.has(Record, "a", "c")
+    with (
+        pytest.raises(ImportError, match=found + ".*cannot import name 'nothing'.*" + tested),
+        trainer.imports(),
+    ):
+        from some_trainer import nothing  # noqa: F401
+
+
+def test_a_trainer_without_a_version(monkeypatch):
+    assert Trainer("no-trainer", tested="1").version == "unknown"

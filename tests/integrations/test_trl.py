@@ -575,14 +575,19 @@ def moment(inputs, ratio, weight, by_group):
     return (weight * (ratio - center) ** 2).sum().item() / total, total
 
 
+def optimizer_step():
+    """What tells the trainer that the micro-batches so far were one step; weights stay."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
+
+
 def accumulate(trainer, parts):
-    """λ after each micro-batch of one optimizer step."""
+    """λ after each micro-batch of one optimizer step, and after the step."""
     coefs = []
-    for i, part in enumerate(parts):
-        trainer.accelerator.gradient_state._set_sync_gradients(i == len(parts) - 1)
+    for part in parts:
         run(trainer, part)
         coefs.append(trainer._constraint.coef.item())
-    return coefs
+    optimizer_step()
+    return [*coefs, trainer._constraint.coef.item()]
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
@@ -594,14 +599,14 @@ def test_dual_moves_once_per_step_by_all_micro_batches(tmp_path, center, loss_ty
     )  # fmt: skip
     inputs = new_inputs()
     *held, moved = accumulate(trainer, split(inputs, 4))
-    assert held == [0.5] * 3
+    assert held == [0.5] * 4
     weight = weights(inputs, loss_type)
     _, ratio = by_formula(trainer, inputs, weight, 0.0)
     v, _ = moment(inputs, ratio, weight, center == "group")
     assert moved == pytest.approx(stepped(0.5, v), rel=F32)
     # An evaluation moves nothing, whatever it says of gradients.
     trainer.model.eval()
-    assert accumulate(trainer, [inputs]) == [moved]
+    assert accumulate(trainer, [inputs]) == [moved] * 2
 
 
 def test_dual_starts_and_ends_where_it_is_told(tmp_path):
@@ -627,14 +632,10 @@ def test_dual_keeps_generations_apart(tmp_path):
         _, ratio = by_formula(trainer, inputs, weight, 0.0)
         parts.append(moment(inputs, ratio, weight, by_group=True))
     v = sum(n * x for x, n in parts) / sum(n for _, n in parts)
-    trainer.accelerator.gradient_state._set_sync_gradients(False)
-    trainer._generation = 1
-    run(trainer, first)
-    trainer.accelerator.gradient_state._set_sync_gradients(True)
-    trainer._generation = 2
-    run(trainer, second)
+    for trainer._generation, inputs in ((1, first), (2, second)):
+        run(trainer, inputs)
+    optimizer_step()
     assert trainer._constraint.coef.item() == pytest.approx(stepped(0.5, v), rel=F32)
-    assert trainer._window == {}
 
 
 # Training.
@@ -737,8 +738,8 @@ def check_loss_on_ranks(rank, trainer):
     weight = weights(inputs, "dapo")
     expected, ratio = by_formula(trainer, inputs, weight, coef, by_group=by_group)
     trainer._metrics["train"].clear()
-    trainer.accelerator.gradient_state._set_sync_gradients(True)
     loss, gradients = run(trainer, split(inputs, RANKS)[rank], trainer.model_wrapped)
+    optimizer_step()
     # DDP makes the ranks' mean of gradients.
     loss = trainer.accelerator.reduce(loss, reduction="mean")
     assert_same((loss, gradients), expected)

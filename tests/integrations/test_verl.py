@@ -1,6 +1,9 @@
 """The policy loss "r2vpo" in the real verl: registry, `agg_loss`, `ppo_loss`, configuration."""
 
+import importlib
+import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -197,23 +200,108 @@ def test_settings_come_by_verls_own_configuration():
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
 
 
+def test_dual_and_step_metrics_by_verls_own_configuration(tmp_path):
+    """Micro-batches of a mini-batch, then the optimizer's step: λ moves once, and is kept."""
+    target = "r2vpo_kernels.integrations.verl.R2VPOPolicyLossConfig"
+    prefix, file = "actor_rollout_ref.actor", tmp_path / "lambda.json"
+    overrides = [
+        f"{prefix}.policy_loss.loss_mode=r2vpo", f"{prefix}.ppo_micro_batch_size_per_gpu=1",
+        f"{prefix}.policy_loss._target_={target}",
+        f"+{prefix}.policy_loss.variance_target=0.05",
+        f"+{prefix}.policy_loss.variance_coef_file={file}",
+    ]  # fmt: skip
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        composed = compose("ppo_trainer", overrides=overrides)
+    config = omega_conf_to_dataclass(composed.actor_rollout_ref.actor)
+    logps, old, advantages, mask, _ = case(6, 5)
+    for rows in (slice(0, 2), slice(2, 6)):
+        loss, metrics = call("r2vpo", config, *(x[rows] for x in (logps, old, advantages, mask)))
+        terms = formula(logps[rows], old[rows], advantages[rows], mask[rows])
+        assert_same(loss, terms.sum() / mask[rows].sum(), logps)
+        assert metrics["actor/variance_coef"] == 0.5 and metrics["actor/step/ratio_var"] == 0
+    d = (logps - old)[mask].expm1()
+    # A loss that is not trained on, as in validation, does not count.
+    with torch.no_grad():
+        call("r2vpo", config, logps, old - 1, advantages, mask)
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
+    coef = 0.5 * torch.exp(0.1 * ((d**2).mean() / 0.05 - 1).clamp(max=1)).item()
+    assert json.loads(file.read_text())["variance_coef"] == pytest.approx(coef, rel=1e-6)
+    loss, metrics = call("r2vpo", config, logps, old, advantages, mask)
+    assert metrics["actor/variance_coef"].item() == pytest.approx(coef, rel=1e-6)
+    variance = metrics["actor/step/ratio_var"].item()
+    assert variance == pytest.approx(d.var(unbiased=False).item(), rel=1e-6)
+    terms = formula(logps, old, advantages, mask, coef=metrics["actor/variance_coef"].item())
+    assert_same(loss, terms.sum() / mask.sum(), logps)
+
+
+def test_a_penalty_without_effect_names_verls_settings():
+    logps, _, advantages, mask, _ = case()
+    config = actor(R2VPOPolicyLossConfig(variance_target=0.03))
+    with pytest.warns(
+        UserWarning, match=r"exactly 1.*rollout_correction\.bypass_mode=True.*ppo_epo"
+    ):
+        for _ in range(4):
+            call("r2vpo", config, logps, logps.detach(), advantages, mask)
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
+
+
+def test_rejection_that_bypass_mode_ignores_is_refused():
+    """By the lines of the docstring, in a worker too, whose configuration was pickled."""
+    target = "r2vpo_kernels.integrations.verl.R2VPOPolicyLossConfig"
+    prefix = "actor_rollout_ref.actor"
+    lines = [
+        f"{prefix}.policy_loss._target_={target}", f"{prefix}.ppo_micro_batch_size_per_gpu=1",
+        "algorithm.rollout_correction.bypass_mode=True",
+        f"+{prefix}.policy_loss.rollout_correction=${{algorithm.rollout_correction}}",
+    ]  # fmt: skip
+    rejecting = [*lines, "algorithm.rollout_correction.rollout_rs=token_k1"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config, refused = (compose("ppo_trainer", overrides=o) for o in (lines, rejecting))
+    omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    in_worker = pickle.loads(pickle.dumps(refused.actor_rollout_ref))
+    for actor_config in (refused.actor_rollout_ref.actor, in_worker.actor):
+        with pytest.raises(Exception, match=r"rollout_correction\.rollout_rs: got 'token_k1'"):
+            omega_conf_to_dataclass(actor_config)
+
+
 def test_bad_input():
     logps, old, advantages, mask, _ = case()
     with pytest.raises(ValueError, match=r"old_log_prob: got None, expected .*\(3, 5\)"):
         call("r2vpo", actor(), logps, None, advantages, mask)
-    grouped = actor(R2VPOPolicyLossConfig(center="group"))
-    with pytest.raises(ValueError, match="center: got 'group', expected 'one'"):
-        call("r2vpo", grouped, logps, old, advantages, mask)
+    for options, match in (
+        ({"center": "group"}, "center: got 'group', expected 'one'"),
+        ({"policy_loss": "clip"}, "clip_range: got None, expected ε"),
+        ({"variance_coef": -1.0}, "variance_coef: got -1"),
+        ({"variance_target": 0.02, "variance_coef_min": 0.0}, "variance_coef_min: got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            R2VPOPolicyLossConfig(**options)
     with pytest.raises(ValueError, match="Invalid loss_agg_mode: mean"):
         core_algos.get_policy_loss_fn("r2vpo")(
             old, logps, advantages, mask, loss_agg_mode="mean", config=actor()
         )
 
 
-def test_external_module_registers_it():
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"VERL_USE_EXTERNAL_PLUGINS": "none",
+          "VERL_USE_EXTERNAL_MODULES": "r2vpo_kernels.integrations.verl"}],
+    ids=["plugin", "external module"],
+)  # fmt: skip
+def test_verl_finds_it(environment):
     code = "from verl.trainer.ppo.core_algos import get_policy_loss_fn as f; print(f('r2vpo'))"
-    environment = os.environ | {"VERL_USE_EXTERNAL_MODULES": "r2vpo_kernels.integrations.verl"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    )
+        [sys.executable, "-c", code], env=os.environ | environment, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert "r2vpo_policy_loss" in done.stdout
+
+
+def test_a_verl_that_lacks_something_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "r2vpo_kernels.integrations.verl")
+    monkeypatch.setattr(core_algos, "agg_loss", lambda loss_mat, loss_mask, loss_agg_mode: None)
+    message = (
+        r"verl: got version 0\.9\.1, which has .* without the parameter dp_size; .* with 0\.9\.1"
+    )
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("r2vpo_kernels.integrations.verl")

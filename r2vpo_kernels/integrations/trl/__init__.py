@@ -1,4 +1,4 @@
-"""R²VPO in TRL 1.16: a GRPOTrainer whose loss is this package's.
+"""R²VPO in TRL: a GRPOTrainer whose loss is this package's.
 
     from r2vpo_kernels.integrations.trl import R2VPOConfig, R2VPOTrainer
 
@@ -14,9 +14,25 @@ loss, coefficient.py how λ is set and saved, linear.py the route from hidden st
 is logged.
 """
 
-from .. import check_version
+from .. import Trainer
 
-check_version("trl", "1.16", "1.17")
+trl = Trainer("trl", tested="1.16.0")
+with trl.imports():
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.utils import FusedCausalLMOutput
+trl.has(
+    GRPOTrainer, "_generate_and_score_completions", "_compute_loss", "_save_checkpoint",
+    "_load_optimizer_and_scheduler", "_get_output_dir",
+)  # fmt: skip
+trl.takes(GRPOTrainer._get_per_token_logps_and_entropies, "compute_entropy", "compute_aux_loss")
+trl.takes(GRPOTrainer.__init__, "quantization_config", "rollout_func", "environment_factory")
+trl.has(
+    GRPOConfig,
+    "use_bias_correction_kl",
+    "cast_lm_head_to_fp32",
+    "vllm_importance_sampling_correction",
+)
+trl.takes(FusedCausalLMOutput, "log_probs", "entropy")
 
 from .coefficient import CONSTRAINT_FILE  # noqa: E402
 from .config import LOSS_TYPES, R2VPOConfig  # noqa: E402

@@ -84,6 +84,8 @@ def loss_arguments(
 
 def _old_logps(trainer: GRPOTrainer, inputs: dict[str, Any]) -> Tensor | None:
     """None where the current policy sampled these completions: on-policy."""
+    if trainer.args.anchor == "rollout":
+        return require(inputs, "sampling_per_token_logps", "for anchor 'rollout'")
     old_logps: Tensor | None = inputs.get("old_per_token_logps")
     if old_logps is not None or not trainer.model.training:
         return old_logps

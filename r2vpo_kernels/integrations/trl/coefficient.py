@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +10,11 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from ... import RatioStats, VarianceConstraint, fenchel_coef
+from ... import VarianceConstraint, fenchel_coef
 from .arguments import corrects_rollouts, valid_tokens
 from .config import R2VPOConfig
 
 CONSTRAINT_FILE = "variance_constraint.pt"
-
-
-def new_constraint(config: R2VPOConfig, device: torch.device) -> VarianceConstraint | None:
-    """The dual of variance_coef_mode "dual", None in the other modes."""
-    if config.variance_coef_mode != "dual":
-        return None
-    assert config.variance_target is not None and config.variance_coef is not None
-    return VarianceConstraint(
-        config.variance_target,
-        center=config.center,
-        coef=config.variance_coef,
-        lr=config.variance_coef_lr,
-        min_coef=config.variance_coef_min,
-        max_coef=config.variance_coef_max,
-        device=device,
-    )
-
-
-def concatenate(parts: Collection[RatioStats]) -> RatioStats:
-    """The statistics of batches whose groups are all different."""
-    return RatioStats(
-        torch.cat([part.weight for part in parts]),
-        torch.cat([part.d_sum for part in parts]),
-        torch.cat([part.d_sq_sum for part in parts]),
-    )
 
 
 def save_constraint(constraint: VarianceConstraint, checkpoint: Path) -> None:

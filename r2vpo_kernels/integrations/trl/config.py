@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
+import torch
 from trl import GRPOConfig
 
+from ... import VarianceConstraint
 from ...checks import (
     CENTERS,
     POLICY_LOSSES,
@@ -19,6 +21,8 @@ from ...checks import (
     invalid,
 )
 from ...objective import default_variance_coef
+from ..hook import ANCHORS, Anchor
+from ..steps import variance_constraint
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 VarianceCoefMode = Literal["fixed", "dual", "fenchel"]
@@ -87,6 +91,14 @@ class R2VPOConfig(GRPOConfig):
             "help": "What the advantage multiplies. 'ratio': the importance ratio ρ, not clipped. "
             "'clip': ρ clipped as by GRPO, by `epsilon`, `epsilon_high` and `delta`. 'cispo': the "
             "log-probability, weighted by the constant min(ρ, `epsilon_high`)."
+        },
+    )
+    anchor: Anchor = field(
+        default="old",
+        metadata={
+            "help": "Whose log-probabilities the importance ratio is taken to. 'old': the "
+            "trainer's, before the first update on a batch of completions. 'rollout': those of "
+            "vLLM, the policy that sampled; needs `vllm_importance_sampling_correction=False`."
         },
     )
     variance_coef: float | None = field(
@@ -158,6 +170,10 @@ class R2VPOConfig(GRPOConfig):
         check_choice("variance_coef_mode", self.variance_coef_mode, VARIANCE_COEF_MODES)
         for name, reason in _REFUSED.items():
             self._expect_default(name, reason)
+        check_choice("anchor", self.anchor, ANCHORS)
+        if self.anchor == "rollout" and self.use_vllm and self.vllm_importance_sampling_correction:
+            expected = "False with anchor 'rollout', whose ratio holds that correction already"
+            raise invalid("vllm_importance_sampling_correction", True, expected)
         self._check_clip()
         mode = self.variance_coef_mode
         for name in _OPTIONS_OF_MODE["dual"]:
@@ -175,10 +191,26 @@ class R2VPOConfig(GRPOConfig):
                     "variance_target", None, f"a number above 0 for variance_coef_mode {mode!r}"
                 )
             check_positive("variance_target", self.variance_target)
+        self.constraint()
         if self.use_linear_loss:
             self._expect_default("cast_lm_head_to_fp32", "use_linear_loss has no cast of its own")
             if self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
                 raise invalid("use_linear_loss", True, "False under DeepSpeed ZeRO-3")
+
+    def constraint(self, device: torch.device | None = None) -> VarianceConstraint | None:
+        """The dual of variance_coef_mode "dual", None in the other modes."""
+        if self.variance_coef_mode != "dual":
+            return None
+        assert self.variance_target is not None
+        return variance_constraint(
+            variance_target=self.variance_target,
+            variance_coef=self.variance_coef,
+            variance_coef_lr=self.variance_coef_lr,
+            variance_coef_min=self.variance_coef_min,
+            variance_coef_max=self.variance_coef_max,
+            center=self.center,
+            device=device,
+        )
 
     @property
     def clip_range(self) -> tuple[float, float] | None:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from ... import R2VPOOutput, RatioStats, VarianceConstraint, r2vpo_loss_from_logps
+from ... import R2VPOOutput, RatioStats, r2vpo_loss_from_logps
 from ...checks import invalid
+from ..steps import OptimizerSteps
 from .arguments import LossArguments, loss_arguments, prompts_and_completions, require
 from .coefficient import (
     closed_form,
-    concatenate,
     load_constraint,
-    new_constraint,
     save_constraint,
 )
 from .config import R2VPOConfig
@@ -46,6 +45,11 @@ TRL_METRICS = {
     "clip/high": "clip_ratio/high_mean",
     "clip/region": "clip_ratio/region_mean",
 }
+
+ADVICE = (
+    "Let a batch of completions serve several optimizer steps (num_iterations, "
+    "steps_per_generation), or with vLLM set anchor='rollout'."
+)
 
 
 class R2VPOTrainer(GRPOTrainer):
@@ -131,25 +135,27 @@ class R2VPOTrainer(GRPOTrainer):
         if not isinstance(args, R2VPOConfig):
             raise TypeError(f"args: got {type(args).__name__}, expected an R2VPOConfig")
         super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            reward_processing_classes,
-            callbacks,
-            optimizers,
-            quantization_config,
-            peft_config,
-            tools,
-            rollout_func,
-            environment_factory,
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
-        self._constraint = new_constraint(args, self.accelerator.device)
-        # The statistics of the current optimizer step, by generation batch: group ids count from 0
-        # in each.
-        self._window: dict[int, RatioStats] = {}
+        self._constraint = args.constraint(self.accelerator.device)
+        penalised = self._constraint is not None or args.variance_coef != 0
+        self._optimizer_steps = OptimizerSteps(
+            self._constraint, advice=ADVICE if penalised else None
+        )
+        # Group ids count from 0 in each generation batch.
         self._generation = 0
         if args.use_linear_loss:
             add_linear_heads(self)
@@ -201,8 +207,8 @@ class R2VPOTrainer(GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
             self._log_value("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
         self._log_metrics(out, mask, variance_coef, steps)
-        if training and self._constraint is not None:
-            self._follow(out.stats, self._constraint)
+        if training:
+            self._optimizer_steps.follow(out.stats, batch=self._generation)
         return loss
 
     def _variance_coef(self, inputs: dict[str, Any]) -> float | Tensor:
@@ -238,14 +244,6 @@ class R2VPOTrainer(GRPOTrainer):
 
     def _over_ranks(self, stats: RatioStats) -> RatioStats:
         return stats.all_reduce() if self.accelerator.num_processes > 1 else stats
-
-    def _follow(self, stats: RatioStats, constraint: VarianceConstraint) -> None:
-        """Add a micro-batch to the statistics of its optimizer step; the last one moves λ."""
-        key = self._generation
-        self._window[key] = self._window[key] + stats if key in self._window else stats
-        if self.accelerator.sync_gradients:
-            constraint.step(self._over_ranks(concatenate(self._window.values())))
-            self._window = {}
 
     def _log_value(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
