@@ -196,7 +196,7 @@ def token_losses(
     out = r2vpo_loss_from_logps(
         logps, old_logps, advantages, mask=mask, reduction="none", **keywords
     )
-    if logps.requires_grad:
+    if out.loss.requires_grad:
         steps.follow(out.stats)
     return out
 
