@@ -6,8 +6,11 @@ kernel would round them to float32. So two ways to the same loss differ by the o
 """
 
 import functools
+import importlib
 import math
 import os
+import sys
+import warnings
 
 # Before TRL is imported: nothing is to be fetched, nothing reported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -356,6 +359,32 @@ def test_on_policy_without_old_logps(tmp_path, use_linear_loss):
     inputs = {k: v for k, v in new_inputs().items() if k != "old_per_token_logps"}
     assert_same(run(ours, inputs), run(theirs, inputs))
     assert ours._metrics["train"]["r2vpo/ratio/var"] == [0.0]
+
+
+@pytest.mark.parametrize("use_linear_loss", [False, True])
+def test_anchor(tmp_path, use_linear_loss):
+    """With "rollout" the ratio is to the log-probs of vLLM, which TRL hands on."""
+    options = {"use_linear_loss": use_linear_loss}
+    inputs = new_inputs()
+    generator = torch.Generator().manual_seed(7)
+    recorded = torch.randn(8, T, generator=generator, dtype=torch.float64) - 3
+    handed = inputs | {"sampling_per_token_logps": recorded}
+    rollout, old = (new_trainer(tmp_path, anchor=x, **options) for x in ("rollout", "old"))
+    expected = run(old, inputs | {"old_per_token_logps": recorded})
+    assert_same(run(rollout, handed), expected)
+    assert (expected[0] - run(old, handed)[0]).abs() > 0.01
+    with pytest.raises(ValueError, match="expected sampling_per_token_logps among them for anchor"):
+        run(rollout, inputs)
+
+
+def test_training_in_which_the_penalty_has_no_effect(tmp_path):
+    """TRL's defaults: a batch of completions serves one optimizer step."""
+    with pytest.warns(UserWarning, match=r"every importance ratio was exactly 1.*num_iterations"):
+        new_trainer(tmp_path, exact=False, max_steps=4).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*every importance ratio")
+        new_trainer(tmp_path, exact=False, max_steps=4, variance_coef=0.0).train()
+        new_trainer(tmp_path, exact=False, max_steps=4, num_iterations=2).train()
 
 
 def sum_of(results):
@@ -834,6 +863,14 @@ def test_ranks_are_one_batch(tmp_path):
             "variance_coef: got 1.0, expected None: variance_coef_mode 'fenchel' does not read it",
         ),
         ({"variance_coef_lr": 1.0}, "variance_coef_lr: got 1.0, expected 0.1"),
+        (DUAL | {"variance_coef_min": 0.0}, "variance_coef_min: got 0.0, expected a number above"),
+        (DUAL | {"variance_coef_max": 1e-4}, "variance_coef_max: got 0.0001, expected a finite"),
+        (DUAL | {"variance_coef": 0.0}, "variance_coef: got 0.0, expected a finite number from"),
+        ({"anchor": "new"}, "anchor: got 'new', expected one of 'old', 'rollout'"),
+        (
+            {"anchor": "rollout", "use_vllm": True},
+            "vllm_importance_sampling_correction: got True, expected False with anchor 'rollout'",
+        ),
         ({"sapo_temperature_pos": 3.0}, "sapo_temperature_pos: got 3.0, expected 1.0"),
         ({"entropy_coef_max": 9.0}, "entropy_coef_max: got 9.0"),
         (
@@ -946,3 +983,13 @@ def test_auxiliary_loss_of_experts(tmp_path):
     inputs = {k: v for k, v in new_inputs().items() if k != "old_per_token_logps"}
     assert_same(run(ours, inputs), run(theirs, inputs), F32)
     assert ours._metrics["train"]["aux_loss"] == theirs._metrics["train"]["aux_loss"] != [0.0]
+
+
+def test_a_trl_that_lacks_something_is_named(monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("r2vpo_kernels.integrations.trl"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(trl.GRPOTrainer, "_compute_loss")
+    message = r"trl: got version .*, which has GRPOTrainer without _compute_loss; .* with 1\.16\.0"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module("r2vpo_kernels.integrations.trl")
