@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 GPU_PARTS = gpu-parity gpu-launches gpu-bench gpu-memory gpu-tune
 
 .PHONY: test test-triton test-triton-others test-others test-avx2 demo study bench bench-linear gpu $(GPU_PARTS) sanitize \
-	lint clean
+	lint docs clean
 
 # On two cores, without threads that wait for each other's: what Triton's interpreter runs, which is
 # slow, and everything else. MAKEFLAGS would tell a build within a test of job slots that it cannot have.
@@ -35,7 +35,7 @@ test-avx2: $(VENV)/ready
 demo: $(VENV)/ready
 	$(RUN) examples/train_tiny.py
 
-# The short form; examples/STUDY.md has the command and the cost of the full one.
+# The short form; docs/study.md has the command and the cost of the full one.
 study: $(VENV)/ready
 	$(RUN) examples/study_staleness.py
 	$(RUN) examples/study_report.py
@@ -72,8 +72,16 @@ lint: $(VENV)/ready
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --config pyproject.toml
 
+# The site, into build/site; a link that leads nowhere is an error.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
+$(VENV)/docs: $(VENV)/ready requirements-docs.txt
+	$(RUN) -m pip install --quiet --no-compile --requirement requirements-docs.txt
+	touch $@
+
 # Most of what is installed is never imported: not compiling it halves the time.
-$(VENV)/ready: $(wildcard requirements-*.txt) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+$(VENV)/ready: requirements-dev.txt requirements-no-deps.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --no-compile --requirement requirements-dev.txt
 	$(RUN) -m pip install --quiet --no-compile --no-deps --requirement requirements-no-deps.txt

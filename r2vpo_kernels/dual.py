@@ -40,8 +40,9 @@ class VarianceConstraint:
         coef: where λ starts.
         lr: the step η_λ, at least 0: λ moves by a factor between exp(-lr) and exp(lr), whatever its
             scale, the target's, and the tail of v. The form of the step and the default are from
-            examples/STUDY.md, examples/study/dual.png.
-        min_coef, max_coef: the bounds of λ, above 0, for from 0 no factor leads back.
+            docs/study.md, "Is the variance held?".
+        min_coef: the lower bound of λ, above 0: from 0 no factor leads back.
+        max_coef: its upper bound.
         device: where λ lives; `step` takes it to the statistics' device if that is another.
 
     `coef` is a 0-dim float32 tensor, changed in place: pass it as `variance_coef`. A loss keeps the
@@ -52,8 +53,10 @@ class VarianceConstraint:
     sampling mask a token whose set has one word counts, with ρ = 1 whatever the policy does:
     docs/sampling_masks.md has what a target for the others comes to.
 
-    Raises: ValueError for an unknown center, a negative number, a target or min_coef that is not
-    above 0, or bounds that cross.
+    Raises:
+        ValueError: an unknown center, a negative number, a target or min_coef that is not above 0,
+            or bounds that cross.
+
     Source: docs/derivation, Eq. 16.
     """
 
@@ -132,11 +135,17 @@ def fenchel_coef(
         target: the radius v of E[(ρ - c)²] ≤ v, above 0.
         weight: like advantages, at least 0; 0 where masked (whatever stands in advantages there).
         center: "one", or "group" for the deviation from the weighted mean of each group.
-        group_ids, num_groups: the group of each entry, like advantages; read by center "group"
-            alone. Without them all entries are one group.
+        group_ids: the group of each entry, like advantages; read by center "group" alone. Without
+            them all entries are one group.
+        num_groups: how many groups group_ids name.
 
-    Returns: a 0-dim tensor, float32 (float64 for float64 advantages); 0 if nothing has weight.
-    Raises: ValueError or TypeError naming the argument.
+    Returns:
+        A 0-dim tensor, float32 (float64 for float64 advantages); 0 if nothing has weight.
+
+    Raises:
+        ValueError: naming the argument.
+        TypeError: the same, for a wrong type.
+
     Source: docs/derivation, Eq. 17 and 18.
     """
     check_choice("center", center, CENTERS)

@@ -146,8 +146,8 @@ def r2vpo_loss(
         clip_range: ε, or (ε_low, ε_high) with ε_low ≤ 1, for "clip" and "cispo", which need it.
         dual_clip: c > 1; with "clip", P is -s·A·c at most where s·A < 0.
         variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token. None: 0.5 with
-            policy_loss "ratio", else 0. The 0.5 is from examples/STUDY.md,
-            examples/study/strength.png: with 2.5, where that ρ is 1 ± 0.2 at |A| = 1, less was
+            policy_loss "ratio", else 0. The 0.5 is from docs/study.md,
+            "How strict?": with 2.5, where that ρ is 1 ± 0.2 at |A| = 1, less was
             learned on both tasks, from data one and five updates old.
         center: c: "one"; "group", the weighted mean of ρ in each group; or a float tensor of given
             means (num_groups,), which reproduces "group" exactly where λ is constant in the group.
@@ -191,12 +191,15 @@ def r2vpo_loss(
         backend: "auto" (Triton on a GPU, C++ on a CPU, eager where those cannot), "triton", "cpp"
             or "eager".
 
-    Returns: R2VPOOutput. Its loss is differentiable in logits alone, once (backend "eager": any
-        number of times); everything else is constant and detached.
+    Returns:
+        The loss is differentiable in logits alone, once (backend "eager": any number of times);
+        everything else is constant and detached.
 
-    Raises: ValueError, or TypeError for a wrong type, naming the argument, what came and what was
-        expected. On a GPU bad values in a tensor (a label outside the vocabulary, λ < 0) make the
-        loss NaN instead, or raise with R2VPO_KERNELS_VALIDATE=1 at the price of a sync.
+    Raises:
+        ValueError: naming the argument, what came and what was expected. On a GPU bad values in a
+            tensor (a label outside the vocabulary, λ < 0) make the loss NaN instead, or raise with
+            R2VPO_KERNELS_VALIDATE=1 at the price of a sync.
+        TypeError: the same, for a wrong type.
 
     Source: docs/derivation, Eq. 1 to 11, and 30 for tp_group.
     """
@@ -329,16 +332,19 @@ def linear_r2vpo_loss(
             vocabulary, only the kept words' logits are formed, in float32, from their rows of
             weight (docs/sampling_masks.md, "From hidden states"): no product over the vocabulary,
             but for tokens of an empty set.
-        The other keywords are those of `r2vpo_loss`, except inplace. Backend "eager" holds all
-            logits. With tp_group each rank has its rows of weight and bias, and the same hidden,
-            whose gradient is summed over the ranks (in float32); weight or bias as a DTensor is
-            refused then: give the local part.
+        tp_group: as for `r2vpo_loss`. Each rank has its rows of weight and bias, and the same
+            hidden, whose gradient is summed over the ranks (in float32). Weight or bias as a
+            DTensor is refused then: give the local part.
+        backend: as for `r2vpo_loss`. "eager" holds all logits.
 
-    Returns: R2VPOOutput. Its loss is differentiable in hidden, weight and bias, once; only what
-        requires grad is computed, in its own dtype. Sums are float32, within a product on a GPU as
-        far as torch.backends.cuda.matmul is set to have them so.
+    The other keywords are those of `r2vpo_loss`, except inplace.
 
-    Raises: as `r2vpo_loss`.
+    Returns:
+        The loss is differentiable in hidden, weight and bias, once; only what requires grad is
+        computed, in its own dtype. Sums are float32, within a product on a GPU as far as
+        torch.backends.cuda.matmul is set to have them so.
+
+    Errors are those of `r2vpo_loss`.
 
     Source: docs/derivation, Eq. 27 to 29.
     """
@@ -440,13 +446,15 @@ def r2vpo_loss_from_logps(
             A DTensor is taken as logits are by `r2vpo_loss`.
         entropy: like logps, nats, for entropy_coef; both come from `token_logps`.
         backend: as for `r2vpo_loss`. Float64 takes "eager", which is plain torch.
-        The other keywords are those of `r2vpo_loss`, except ignore_index, sampling_mask,
-            temperature, return_entropy, tp_group and inplace, which are about logits.
 
-    Returns: R2VPOOutput. Its loss is differentiable in logps and entropy, once (backend
-        "eager": any number of times).
+    The other keywords are those of `r2vpo_loss`, except ignore_index, sampling_mask, temperature,
+    return_entropy, tp_group and inplace, which are about logits.
 
-    Raises: as `r2vpo_loss`.
+    Returns:
+        The loss is differentiable in logps and entropy, once (backend "eager": any number of
+        times).
+
+    Errors are those of `r2vpo_loss`.
 
     Source: docs/derivation, Eq. 4 to 11.
     """
@@ -548,14 +556,16 @@ def token_logps(
         entropy = -(log_p.exp() * log_p).sum(-1)
 
     Args:
-        logits, labels, mask, ignore_index, sampling_mask, tp_group, backend: as for `r2vpo_loss`.
         temperature: a number, or per sequence (labels (B, T)) or per token, ≥ 1e-6.
         return_entropy: return (logps, entropy).
 
-    Returns: logps, or (logps, entropy): like labels, nats, float32 (float64 for float64 logits), 0
-        where masked. Without grad the logits are read once.
+    The other arguments are those of `r2vpo_loss`.
 
-    Raises: as `r2vpo_loss`.
+    Returns:
+        logps, or (logps, entropy): like labels, nats, float32 (float64 for float64 logits), 0 where
+        masked. Without grad the logits are read once.
+
+    Errors are those of `r2vpo_loss`.
 
     Source: docs/derivation, Eq. 1, 3 and 8.
     """
@@ -688,14 +698,8 @@ def linear_token_logps(
 
     One matrix product; for the gradient three more, in backward.
 
-    Args:
-        hidden, weight, bias, softcap, logit_scale, logits_dtype, chunk_tokens, compact, tp_group:
-            as for `linear_r2vpo_loss`; what the backward leaves out are tokens that get no
-            gradient.
-        labels, temperature, mask, ignore_index, sampling_mask, return_entropy, backend: as for
-            `token_logps`.
-
-    Returns, raises: as `token_logps`.
+    Arguments are those of `linear_r2vpo_loss` and `token_logps`, and so are results and errors.
+    With `compact` the backward leaves out tokens that get no gradient.
 
     Source: docs/derivation, Eq. 27 to 29.
     """

@@ -44,9 +44,11 @@ class SamplingMask:
     `len()` counts the tokens; `mask[a:b]` and `mask[index]`, with integers or a mask, select some,
     and `cat` joins. The sets are sorted once, here, for all calls that they are passed to.
 
-    Raises: ValueError or TypeError that names what is wrong. What tensors on a GPU hold is checked
-        there: bad sets make the loss of each call NaN, or raise here with R2VPO_KERNELS_VALIDATE=1
-        at the price of a sync.
+    Raises:
+        ValueError: naming what is wrong. What tensors on a GPU hold is checked there: bad sets make
+            the loss of each call NaN, or raise here with R2VPO_KERNELS_VALIDATE=1 at the price of a
+            sync.
+        TypeError: the same, for a wrong type.
 
     Source: docs/derivation, Eq. 1.
     """
