@@ -1,0 +1,41 @@
+"""What a built wheel must do where it is installed: one OpenMP runtime, and the right loss.
+
+Run by cibuildwheel in the environment of each wheel, without pytest.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from r2vpo_kernels import r2vpo_loss
+from r2vpo_kernels.backends import registry
+
+
+def openmp_runtimes() -> set[str]:
+    """Those that this process has loaded (Linux)."""
+    names = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    return {name for name in names if "libgomp" in name or "libomp" in name or "libiomp" in name}
+
+
+def main() -> None:
+    reason = registry.why_not("cpp", torch.empty(0))
+    assert reason is None, f"the C++ kernels are not in this wheel: {reason}"
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 1000, generator=generator).requires_grad_()
+    labels = torch.randint(1000, (64,), generator=generator)
+    old_logps = torch.full((64,), -math.log(1000))
+    results = []
+    for backend in ("cpp", "eager"):
+        loss = r2vpo_loss(logits, labels, old_logps, torch.ones(64), backend=backend).loss
+        results.append((loss, *torch.autograd.grad(loss, logits)))
+    torch.testing.assert_close(*results)
+    if sys.platform == "linux":
+        found = openmp_runtimes()
+        assert len(found) == 1, f"expected one OpenMP runtime, found {sorted(found)}"
+    print("the wheel computes, with one OpenMP runtime")
+
+
+if __name__ == "__main__":
+    main()
