@@ -1,7 +1,9 @@
-"""`python -m r2vpo_kernels`: versions, the backends found, and why another was not."""
+"""`python -m r2vpo_kernels`: versions, the backends found, why another was not, what is wrong."""
 
 import platform
+import re
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -9,12 +11,42 @@ from .backends import registry
 from .backends.compiled import build_report
 from .sources.products import multiplies_in_float32
 
+OLDEST_TORCH = (2, 11)
+
 
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def openmp_runtimes() -> set[str]:
+    """The OpenMP libraries in this process, where the system tells (Linux)."""
+    maps = Path("/proc/self/maps")
+    files = (line.split()[-1] for line in maps.read_text().splitlines()) if maps.exists() else ()
+    return {file for file in files if re.match(r"lib(gomp|omp|iomp)", Path(file).name)}
+
+
+def problems(torch_version: str, runtimes: set[str], package: Path) -> list[str]:
+    """What is wrong with this installation, and what to do, one line each."""
+    found = []
+    numbers = tuple(map(int, re.findall(r"\d+", torch_version)[:2]))
+    if numbers < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        found.append(f"torch {torch_version} is too old: pip install 'torch>={oldest}'")
+    if len(runtimes) > 1:
+        found.append(
+            "two OpenMP runtimes, each with threads of its own: import torch first, and keep one "
+            f"of {', '.join(sorted(runtimes))}"
+        )
+    built = [file.stat().st_mtime for file in (package / "backends").glob("_cpp.*")]
+    sources = [file for file in (package.parent / "csrc").rglob("*") if file.is_file()]
+    changed = [file for file in sources if built and file.stat().st_mtime > max(built)]
+    if changed:
+        name = changed[0].relative_to(package.parent)
+        found.append(f"the C++ kernels are older than {name}: pip install --editable .")
+    return found
 
 
 def main() -> None:
@@ -41,6 +73,8 @@ def main() -> None:
         print(f"\nbackends for {device} tensors (auto: {registry.choose_backend('auto', logits)})")
         for backend in ("eager", *registry.TABLE):
             print(f"  {backend:8}{registry.why_not(backend, logits) or 'available'}")
+    for problem in problems(torch.__version__, openmp_runtimes(), Path(__file__).parent):
+        print(f"\nPROBLEM: {problem}")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,12 @@ Run by cibuildwheel in the environment of each wheel, without pytest.
 
 import math
 import sys
-from pathlib import Path
 
 import torch
 
 from r2vpo_kernels import r2vpo_loss
+from r2vpo_kernels.__main__ import openmp_runtimes
 from r2vpo_kernels.backends import registry
-
-
-def openmp_runtimes() -> set[str]:
-    """Those that this process has loaded (Linux)."""
-    names = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
-    return {name for name in names if "libgomp" in name or "libomp" in name or "libiomp" in name}
 
 
 def main() -> None:
