@@ -104,6 +104,8 @@ class PolicyDispatch:
 class R2VPOSteps(_Trainer):
     """Before a trainer of SkyRL's among the bases of a class: what this loss adds to it."""
 
+    dispatch: Any
+
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         validate(cfg)
         self.algorithm = cfg.trainer.algorithm
