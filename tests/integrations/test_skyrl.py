@@ -4,8 +4,6 @@ Ray's calls run in threads, one a rank; a model is a table of log-probs.
 """
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import math
 import multiprocessing
@@ -19,7 +17,7 @@ from unittest import mock
 import pytest
 import ray.cloudpickle
 import torch
-from support.trainers import CLIP, case, formula
+from support.trainers import CLIP, Stubs, case, formula
 
 from r2vpo_kernels import RatioStats, VarianceConstraint
 
@@ -32,21 +30,7 @@ MAX_SEQ_LEN = 50
 PREFIX = "trainer.algorithm."
 
 
-class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules that SkyRL imports and that these tests do not reach."""
-
-    NAMES = ("jaxtyping", "loguru", "skyrl.tinker", "skyrl.backends.backend")
-
-    def find_spec(self, name, path, target=None):
-        if any(name == stub or name.startswith(stub + ".") for stub in self.NAMES):
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        return mock.MagicMock(name=spec.name)
-
-    def exec_module(self, module):
-        module.__path__ = []
+STUBS = ("jaxtyping", "loguru", "skyrl.tinker", "skyrl.backends.backend")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +46,7 @@ def modules():
     for name in [n for n in sys.modules if n.startswith(("skyrl", ours))]:
         del sys.modules[name]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "meta_path", [Stubs(), *sys.meta_path])
+        patch.setattr(sys, "meta_path", [Stubs(*STUBS), *sys.meta_path])
         gym = importlib.metadata.distribution("skyrl").locate_file("skyrl-gym")
         patch.syspath_prepend(str(gym))
         found = {n.split(".")[-1]: importlib.import_module("skyrl." + n) for n in names}
@@ -75,7 +59,7 @@ def modules():
         yield Namespace(**found, **ours_by_name)
     # SkyRL's main_base sets it for the process.
     multiprocessing.set_start_method(start_method, force=True)
-    for name in [n for n in sys.modules if n.startswith(("skyrl", *Stubs.NAMES, ours))]:
+    for name in [n for n in sys.modules if n.startswith(("skyrl", *STUBS, ours))]:
         del sys.modules[name]
     sys.modules.update({n: m for n, m in before.items() if n.startswith(("skyrl", ours))})
 
