@@ -126,6 +126,14 @@ def test_openrlhf_bad_input(openrlhf):
         ours(variance_coeff=1.0)
 
 
+def test_an_unmet_need_is_named(openrlhf, monkeypatch):
+    monkeypatch.setattr(openrlhf[0], "__init__", lambda self, clip_eps_low=0.2: None)
+    monkeypatch.delitem(sys.modules, "r2vpo_kernels.integrations.openrlhf")
+    found = r"openrlhf: got version 0.11.2, .* without the parameter clip_eps_high; .*tested with"
+    with pytest.raises(ImportError, match=found):
+        importlib.import_module("r2vpo_kernels.integrations.openrlhf")
+
+
 @pytest.mark.parametrize("level", ["token", "seq"])
 def test_the_anchor_may_be_the_rollout(openrlhf, level):
     """The correction's filter stays, its weight does not count twice."""

@@ -389,6 +389,26 @@ def test_checkpoints_hold_the_dual(skyrl, tmp_path, monkeypatch):
     assert resumed.algorithm.variance_coef == coef
 
 
+def test_the_fully_asynchronous_trainer(skyrl, monkeypatch):
+    logps, old, advantages, mask, rollout = draw()
+    base = skyrl.trainers.FullyAsyncR2VPOTrainer
+    loader = mock.MagicMock(state_dict=dict)
+    build = "_build_train_dataloader_and_compute_training_steps"
+    monkeypatch.setattr(base, build, lambda self: setattr(self, "train_dataloader", loader))
+    cfg = configuration(
+        skyrl, PREFIX + "anchor=rollout", "trainer.fully_async.enabled=true",
+        "trainer.fully_async.num_parallel_generation_workers=4", "trainer.train_batch_size=4",
+        "trainer.policy_mini_batch_size=4", "generator.batched=false",
+    )  # fmt: skip
+    trainer, strategies = trainer_of(skyrl, cfg, logps, base=base)
+    data = batch(skyrl, old, advantages, mask, rollout)
+    trainer.train_critic_and_policy(data)
+    assert trainer.all_metrics["policy/step/ratio_var"] > 0
+    for rows, gradient in zip(MINI_BATCHES, strategies[0].gradients, strict=True):
+        expected = gradient_of(logps, rows, rollout, advantages, mask, weights("token_mean", mask))
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+
 def test_a_penalty_without_effect_warns(skyrl):
     logps, _, advantages, mask, rollout = draw()
     cfg = configuration(skyrl, "trainer.update_epochs_per_batch=2")
@@ -461,6 +481,14 @@ def test_the_experiment_has_our_trainers(skyrl, monkeypatch):
     assert experiment.get_trainer(cfg=None) == "R2VPOTrainer"
     experiment.cfg.trainer.fully_async.enabled = True
     assert experiment.get_trainer(cfg=None) == "FullyAsyncR2VPOTrainer"
+
+
+def test_an_unmet_need_is_named(skyrl, monkeypatch):
+    dispatch = skyrl.worker_dispatch.WorkerDispatch
+    monkeypatch.setattr(dispatch, "forward_backward_from_staged", lambda self, model: None)
+    found = r"skyrl: got version 0.3.0, .* without the parameter loss_fn_config; .*tested with"
+    with pytest.raises(ImportError, match=found):
+        importlib.reload(skyrl.trainers)
 
 
 def test_what_only_a_run_shows(skyrl):

@@ -2,7 +2,8 @@
 
     uv run --isolated --extra fsdp -m skyrl.train.entrypoints.main_base ...
 
-add `--with r2vpo_kernels` after uv run, which Ray's workers follow, and to its arguments
+add `--with /path/to/r2vpo_kernels` (this repository, or its wheel) after uv run, which Ray's
+workers follow, and to its arguments
 
     trainer.override_entrypoint=r2vpo_kernels.integrations.skyrl
 
@@ -14,8 +15,8 @@ selects the fully asynchronous trainer. A main() of your own takes `.trainer`'s 
 
 anchor says whose log-probs the ratio is to: "old" (default) those that the trainer recomputes
 before its first step on a batch, "rollout" the inference engine's, so that stale data count, and
-the trainer saves the forward pass that recomputes. The fully asynchronous trainer takes one step
-per batch, where every ratio to "old" is 1: it needs "rollout".
+the trainer saves the forward pass that recomputes. The fully asynchronous trainer takes "rollout"
+alone, as with SkyRL's own losses: a batch is one mini-batch, where every ratio to "old" is 1.
 
 SkyRL divides the advantages by the denominator of loss_reduction before a policy loss sees them.
 The penalty needs the same denominator: R2VPOTrainer sends each token's weight along, and the stock
