@@ -180,23 +180,24 @@ def token_losses(
     advantages: Tensor,
     mask: Tensor | None,
     old_name: str,
-    steps: OptimizerSteps,
+    steps: OptimizerSteps | None = None,
     **keywords: Unpack[LossKeywords],
 ) -> R2VPOOutput:
     """`r2vpo_loss_from_logps(..., reduction="none")`: 0 at masked tokens, whatever they hold.
 
     old_name is the trainer's name for old_logps. None is an error here, where `r2vpo_loss` reads it
     as on-policy: a trainer that lost its old log-probs must not train as if it were on-policy. λ is
-    that of `steps`, if they have a dual; they follow what is trained on.
+    that of `steps`, if they have a dual; they follow what is trained on. Without `steps` a driver
+    follows `out.stats`.
     """
     old_logps = required(old_name, old_logps, logps)
     _check_center(keywords)
-    if steps.constraint is not None:
+    if steps is not None and steps.constraint is not None:
         keywords["variance_coef"] = steps.constraint.coef
     out = r2vpo_loss_from_logps(
         logps, old_logps, advantages, mask=mask, reduction="none", **keywords
     )
-    if out.loss.requires_grad:
+    if steps is not None and out.loss.requires_grad:
         steps.follow(out.stats)
     return out
 
@@ -207,10 +208,10 @@ def _check_center(keywords: LossKeywords) -> None:
         raise invalid("center", repr(center), "'one': this trainer passes no group ids to its loss")
 
 
-def metrics(out: R2VPOOutput, steps: OptimizerSteps) -> dict[str, Tensor]:
+def metrics(out: R2VPOOutput, steps: OptimizerSteps | None = None) -> dict[str, Tensor]:
     """`out.metrics()` and those of the last optimizer step.
 
     Without loss/*: sums that have no denominator with reduction "none".
     """
     of_call = {name: x for name, x in out.metrics().items() if not name.startswith("loss/")}
-    return of_call | steps.metrics()
+    return of_call if steps is None else of_call | steps.metrics()

@@ -93,7 +93,8 @@ class OptimizerSteps:
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             steps = this()
             if steps is not None:
-                steps._close(optimizer)
+                # GradScaler leaves it to a fused optimizer whether to skip, and does not wait.
+                steps.close(getattr(optimizer, "found_inf", None))
 
         hook = register_optimizer_step_post_hook(after_step)
         weakref.finalize(self, hook.remove)
@@ -106,12 +107,14 @@ class OptimizerSteps:
         self._window[batch] = stats if known is None else known + stats
 
     @torch.no_grad()
-    def _close(self, optimizer: Optimizer) -> None:
+    def close(self, skipped: Tensor | None = None) -> None:
+        """End an optimizer step: by torch's hook, or by a driver whose workers have the optimizers.
+
+        A nonzero `skipped` on the device leaves the window open.
+        """
         if not self._window:
             return
         window, self._window = self._window, {}
-        # GradScaler leaves it to a fused optimizer whether to skip, and does not wait for it.
-        skipped: Tensor | None = getattr(optimizer, "found_inf", None)
         if skipped is not None:
             kept = skipped.reshape(()) != 0
             self._window = {batch: _where(kept, stats) for batch, stats in window.items()}

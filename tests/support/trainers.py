@@ -6,9 +6,12 @@ hooks pass, and what an adapter calls of them, as in VERSIONS.
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
+from unittest import mock
 
 import torch
 
@@ -69,3 +72,21 @@ def wheel_file(package, ending, name):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """On sys.meta_path: modules that a trainer imports and that its test does not reach."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def find_spec(self, name, path, target=None):
+        if any(name == stub or name.startswith(stub + ".") for stub in self.names):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return mock.MagicMock(name=spec.name)
+
+    def exec_module(self, module):
+        module.__path__ = []
