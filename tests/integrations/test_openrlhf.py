@@ -117,7 +117,7 @@ def test_openrlhf_bad_input(openrlhf):
         ours(anchor="rollout", is_correction_level="token", is_correction_mode="clip")
     with pytest.raises(ValueError, match="variance_target: got -1"):
         ours(variance_target=-1.0)
-    with pytest.raises(ValueError, match=r"dual_clip: got 3.0, expected None with policy_loss 'ratio'"):
+    with pytest.raises(ValueError, match="dual_clip: got 3.0, expected None with policy_loss"):
         ours(dual_clip=3.0)
     with pytest.raises(ValueError, match="is_correction_gating: got 'tv'"):
         ours(is_correction_level="token", is_correction_gating="tv",
