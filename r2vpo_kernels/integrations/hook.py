@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ..checks import Center, KLEstimator, PolicyLoss, RatioLevel, invalid
 from ..loss import r2vpo_loss_from_logps
 from ..objective import default_variance_coef
 from ..output import R2VPOOutput
-from .steps import OptimizerSteps, variance_constraint
+from .steps import OptimizerSteps, all_ranks, variance_constraint
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -91,6 +92,13 @@ def settings(config: object, prefix: str = "") -> LossKeywords:
     return cast("LossKeywords", found)
 
 
+def tried(keywords: LossKeywords) -> LossKeywords:
+    """The keywords, once they served a token: what is wrong with them is an error now."""
+    token = torch.zeros(1, 1, device="cpu")
+    token_losses(token, token, token, None, "old_logps", OptimizerSteps(), **keywords)
+    return keywords
+
+
 _steps: dict[tuple[Any, ...], OptimizerSteps] = {}
 
 
@@ -99,7 +107,7 @@ def optimizer_steps(
     prefix: str = "",
     *,
     advice: str | None,
-    group: Callable[[], dist.ProcessGroup | None] = lambda: None,
+    group: Callable[[], dist.ProcessGroup | None] | None = all_ranks,
 ) -> OptimizerSteps:
     """The optimizer steps of this process's policy, with the dual that `config` asks for.
 
@@ -155,13 +163,15 @@ def token_losses(
     mask: Tensor | None,
     old_name: str,
     steps: OptimizerSteps,
+    follow: bool = True,
     **keywords: Unpack[LossKeywords],
 ) -> R2VPOOutput:
     """`r2vpo_loss_from_logps(..., reduction="none")`: 0 at masked tokens, whatever they hold.
 
     old_name is the trainer's name for old_logps. None is an error here, where `r2vpo_loss` reads it
     as on-policy: a trainer that lost its old log-probs must not train as if it were on-policy. λ is
-    that of `steps`, if they have a dual; they follow what is trained on.
+    that of `steps`, if they have a dual; they follow what is trained on, unless `follow` leaves it to
+    the adapter.
     """
     old_logps = required(old_name, old_logps, logps)
     center = keywords.get("center", "one")
@@ -172,7 +182,7 @@ def token_losses(
     out = r2vpo_loss_from_logps(
         logps, old_logps, advantages, mask=mask, reduction="none", **keywords
     )
-    if logps.requires_grad:
+    if follow and logps.requires_grad:
         steps.follow(out.stats)
     return out
 
