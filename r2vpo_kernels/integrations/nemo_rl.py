@@ -106,7 +106,7 @@ class R2VPOLossFn(ClippedPGLossFn):
         by_sequence = self.sequence_level_importance_ratios
         self.settings["ratio_level"] = "sequence" if by_sequence else "token"
         tried(self.settings)
-        has_penalty = self.settings.get("variance_coef") != 0 or self.steps.constraint is not None
+        has_penalty = self.steps.constraint is not None or self.settings.get("variance_coef") != 0
         if self.force_on_policy_ratio and has_penalty:
             expected = "False, or anchor 'rollout': with every ratio 1 the penalty is 0"
             raise invalid("force_on_policy_ratio", True, expected)
