@@ -170,8 +170,8 @@ def token_losses(
 
     old_name is the trainer's name for old_logps. None is an error here, where `r2vpo_loss` reads it
     as on-policy: a trainer that lost its old log-probs must not train as if it were on-policy. λ is
-    that of `steps`, if they have a dual; they follow what is trained on, unless `follow` leaves it to
-    the adapter.
+    that of `steps`, if they have a dual; they follow what is trained on, or with follow=False what
+    the adapter tells them.
     """
     old_logps = required(old_name, old_logps, logps)
     center = keywords.get("center", "one")
