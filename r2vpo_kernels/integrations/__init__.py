@@ -60,11 +60,12 @@ class Trainer:
             raise self.unmet(f"has {where} without the parameter {missing[0]}")
 
     def has(self, owner: Any, *attributes: str) -> None:
-        """Raise ImportError unless `owner`, a class or module, has these attributes.
+        """Raise ImportError unless `owner`, a module, class or object, has these attributes.
 
         A dataclass has its fields.
         """
         fields = getattr(owner, "__dataclass_fields__", {})
         missing = [name for name in attributes if not hasattr(owner, name) and name not in fields]
         if missing:
-            raise self.unmet(f"has {owner.__name__} without {missing[0]}")
+            name = getattr(owner, "__name__", type(owner).__name__)
+            raise self.unmet(f"has {name} without {missing[0]}")

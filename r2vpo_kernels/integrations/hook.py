@@ -21,7 +21,7 @@ from ..dual import VarianceConstraint
 from ..loss import r2vpo_loss_from_logps
 from ..objective import default_variance_coef
 from ..output import R2VPOOutput
-from .steps import OptimizerSteps, variance_constraint
+from .steps import OptimizerSteps, all_ranks, variance_constraint
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,7 +117,7 @@ def optimizer_steps(
     prefix: str = "",
     *,
     advice: str | None,
-    group: Callable[[], dist.ProcessGroup | None] = lambda: None,
+    group: Callable[[], dist.ProcessGroup | None] | None = all_ranks,
 ) -> OptimizerSteps:
     """The optimizer steps of this process's policy, with the dual that `config` asks for.
 
@@ -181,14 +181,15 @@ def token_losses(
     mask: Tensor | None,
     old_name: str,
     steps: OptimizerSteps | None = None,
+    follow: bool = True,
     **keywords: Unpack[LossKeywords],
 ) -> R2VPOOutput:
     """`r2vpo_loss_from_logps(..., reduction="none")`: 0 at masked tokens, whatever they hold.
 
     old_name is the trainer's name for old_logps. None is an error here, where `r2vpo_loss` reads it
     as on-policy: a trainer that lost its old log-probs must not train as if it were on-policy. λ is
-    that of `steps`, if they have a dual; they follow what is trained on. Without `steps` a driver
-    follows `out.stats`.
+    that of `steps`, if they have a dual; they follow what is trained on, unless follow=False, where
+    the adapter tells them. Without `steps` a driver follows `out.stats`.
     """
     old_logps = required(old_name, old_logps, logps)
     _check_center(keywords)
@@ -197,7 +198,7 @@ def token_losses(
     out = r2vpo_loss_from_logps(
         logps, old_logps, advantages, mask=mask, reduction="none", **keywords
     )
-    if steps is not None and out.loss.requires_grad:
+    if steps is not None and follow and out.loss.requires_grad:
         steps.follow(out.stats)
     return out
 

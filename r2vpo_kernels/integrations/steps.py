@@ -27,6 +27,10 @@ from ..checks import Center, check_number, check_positive
 STEPS_WATCHED = 4
 
 
+def all_ranks() -> None:
+    """The group of all ranks, by torch's name for it."""
+
+
 def variance_constraint(
     *,
     variance_target: float,
@@ -64,7 +68,8 @@ class OptimizerSteps:
         advice: how to give the penalty an effect, in the trainer's own words: a warning names it
             once if all ratios of the first STEPS_WATCHED steps are exactly 1.
         group: returns the ranks that call the loss, and take part in every optimizer step;
-            default: all ranks.
+            default: all ranks. None, and statistics are those of this rank, where a rank may have
+            no token in a step: the others would wait for it.
         file: where λ is taken from if it exists, and written by the group's first rank after each
             step, which waits for the device: for trainers whose checkpoints cannot hold it.
     """
@@ -74,7 +79,7 @@ class OptimizerSteps:
         constraint: VarianceConstraint | None = None,
         *,
         advice: str | None = None,
-        group: Callable[[], dist.ProcessGroup | None] = lambda: None,
+        group: Callable[[], dist.ProcessGroup | None] | None = all_ranks,
         file: Path | None = None,
     ) -> None:
         self.constraint = constraint
@@ -106,6 +111,16 @@ class OptimizerSteps:
         known = self._window.get(batch)
         self._window[batch] = stats if known is None else known + stats
 
+    def follow_backward(self, loss: Tensor, stats: RatioStats) -> None:
+        """Add a micro-batch once `loss`, 0-dim, goes backward, unless its gradient is 0.
+
+        For trainers that repeat micro-batches, and multiply their losses by 0, so that all ranks
+        have as many.
+        """
+        if loss.requires_grad:
+            self.follow(_of_no_token(stats))
+            loss.register_hook(lambda gradient: self.follow(_where(gradient != 0, stats)))
+
     @torch.no_grad()
     def close(self, skipped: Tensor | None = None) -> None:
         """End an optimizer step: by torch's hook, or by a driver whose workers have the optimizers.
@@ -120,7 +135,7 @@ class OptimizerSteps:
             self._window = {batch: _where(kept, stats) for batch, stats in window.items()}
             window = {batch: _where(~kept, stats) for batch, stats in window.items()}
         stats, rank = _concatenate(window), 0
-        if dist.is_initialized():
+        if dist.is_initialized() and self._group is not None:
             group = self._group()
             stats, rank = stats.all_reduce(group), dist.get_rank(group)
         self.last = stats

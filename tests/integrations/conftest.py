@@ -6,15 +6,36 @@ import sys
 import types
 
 import pytest
-from support.trainers import VERSIONS
+from support.trainers import ADAPTERS, VERSIONS
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def forget():
+    """A function: modules of these names, and theirs, are imported anew, by this test alone."""
+    names, kept = [], {}
+
+    def take_out():
+        own = [n for n in sys.modules if any(n == x or n.startswith(f"{x}.") for x in names)]
+        return {name: sys.modules.pop(name) for name in own}
+
+    def forget(*given):
+        names.extend(given)
+        kept.update(take_out())
+
+    yield forget
+    for name in take_out().keys() | kept:
+        parent, _, child = name.rpartition(".")
+        if parent in sys.modules:
+            vars(sys.modules[parent]).pop(child, None)
+            if name in kept:
+                setattr(sys.modules[parent], child, kept[name])
+    sys.modules.update(kept)
+
+
+@pytest.fixture
+def stand_in(monkeypatch, forget):
     """Modules under the trainers' names, and the adapter imported on top of them."""
-    for name in list(sys.modules):
-        if name.startswith("r2vpo_kernels.integrations."):
-            monkeypatch.delitem(sys.modules, name)
+    forget(*(f"r2vpo_kernels.integrations.{name}" for name in ADAPTERS))
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda n: VERSIONS.get(n) or real(n))
 

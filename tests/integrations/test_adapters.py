@@ -9,13 +9,11 @@ import sys
 import types
 
 import pytest
+from support.trainers import FRAMEWORKS
 
 from r2vpo_kernels import VarianceConstraint, r2vpo_loss
 from r2vpo_kernels.integrations import Trainer
 from r2vpo_kernels.integrations.hook import Settings
-
-# What `import r2vpo_kernels` must leave alone.
-FRAMEWORKS = ("verl", "openrlhf", "slime", "nemo_rl", "prime_rl", "skyrl", "torchtitan", "trl")
 
 
 def test_the_package_imports_no_framework():
@@ -40,10 +38,8 @@ def test_defaults_are_those_of_the_loss():
 
 
 @pytest.mark.parametrize("adapter", FRAMEWORKS)
-def test_a_trainer_that_is_not_there_is_named(monkeypatch, adapter):
-    for name in list(sys.modules):
-        if name.startswith(f"r2vpo_kernels.integrations.{adapter}"):
-            monkeypatch.delitem(sys.modules, name)
+def test_a_trainer_that_is_not_there_is_named(monkeypatch, forget, adapter):
+    forget(adapter, f"r2vpo_kernels.integrations.{adapter}")
     monkeypatch.setitem(sys.modules, adapter, None)
     package = adapter.replace("_", "-")
     message = rf"{package}: got version .*, which cannot be imported as needed .*tested with"

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.trainers import Stubs, assert_same, case, formula, wheel_file
+from support.trainers import ADAPTERS, Stubs, assert_same, case, formula, wheel_file
 
 from r2vpo_kernels import RatioStats, VarianceConstraint
 
@@ -117,7 +117,7 @@ def test_openrlhf_bad_input(openrlhf):
         ours(anchor="rollout", is_correction_level="token", is_correction_mode="clip")
     with pytest.raises(ValueError, match="variance_target: got -1"):
         ours(variance_target=-1.0)
-    with pytest.raises(ValueError, match="dual_clip: got 3.0, expected None with policy_loss"):
+    with pytest.raises(ValueError, match=r"dual_clip: got 3\.0, expected None with policy_loss"):
         ours(dual_clip=3.0)
     with pytest.raises(ValueError, match="is_correction_gating: got 'tv'"):
         ours(is_correction_level="token", is_correction_gating="tv",
@@ -126,9 +126,9 @@ def test_openrlhf_bad_input(openrlhf):
         ours(variance_coeff=1.0)
 
 
-def test_an_unmet_need_is_named(openrlhf, monkeypatch):
+def test_an_unmet_need_is_named(openrlhf, monkeypatch, forget):
     monkeypatch.setattr(openrlhf[0], "__init__", lambda self, clip_eps_low=0.2: None)
-    monkeypatch.delitem(sys.modules, "r2vpo_kernels.integrations.openrlhf")
+    forget("r2vpo_kernels.integrations.openrlhf")
     found = r"openrlhf: got version 0.11.2, .* without the parameter clip_eps_high; .*tested with"
     with pytest.raises(ImportError, match=found):
         importlib.import_module("r2vpo_kernels.integrations.openrlhf")
@@ -167,11 +167,10 @@ LINES = {
 
 
 @pytest.fixture
-def ppo_actor(monkeypatch):
+def ppo_actor(monkeypatch, forget):
     """The real ppo_actor.py with these lines, and the adapter."""
     ours = "r2vpo_kernels.integrations."
-    for name in [n for n in sys.modules if n.startswith(("openrlhf", ours))]:
-        monkeypatch.delitem(sys.modules, name)
+    forget("openrlhf", "deepspeed", "flash_attn", "vllm", *(ours + name for name in ADAPTERS))
     stubs = Stubs("deepspeed", "flash_attn", "vllm")
     monkeypatch.setattr(sys, "meta_path", [stubs, *sys.meta_path])
     monkeypatch.setattr("ray.remote", lambda *args, **kw: args[0] if args else lambda c: c)
@@ -187,9 +186,7 @@ def ppo_actor(monkeypatch):
     assert real.PolicyLoss is adapter.R2VPOPolicyLoss
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
     monkeypatch.setattr(real, "torch_dist_barrier_and_cuda_sync", lambda: None)
-    yield real
-    for name in [n for n in sys.modules if n.startswith(("openrlhf", ours, *stubs.names))]:
-        monkeypatch.delitem(sys.modules, name)
+    return real
 
 
 ACCUMULATED = 2

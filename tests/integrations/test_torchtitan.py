@@ -1,9 +1,13 @@
-"""torchtitan: its real `BaseLoss`, `ChunkedLossWrapper` and DAPO loss."""
+"""torchtitan: its real `BaseLoss`, `ChunkedLossWrapper`, DAPO loss and sum over micro-batches."""
 
 import importlib
+import math
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torchtitan.components.loss
 from support.trainers import CLIP, NAN, formula, wheel_file
 
 
@@ -52,8 +56,10 @@ def test_torchtitan(titan, tokens):
         if theirs is not None:
             loss, metrics = theirs(logits, labels, tokens, **batch)
             torch.testing.assert_close(loss, expected.float(), **close)
-            ratio = "loss/ratio_mean"
-            torch.testing.assert_close(logged[ratio], metrics[ratio], **close)
+            shared = set(logged) & set(metrics)
+            assert {"loss/ratio_mean", "trainer/entropy/mean", "bit_wise/logprob_diff/max"} < shared
+            for name in shared:
+                torch.testing.assert_close(logged[name], metrics[name], **close)
 
 
 def test_torchtitan_clipped_is_dapo(titan):
@@ -92,12 +98,90 @@ def test_torchtitan_in_chunks(titan):
     assert 0 < expected["loss/ratio_clamped_frac"] < 1
 
 
+def test_torchtitan_in_one_packed_row(titan, monkeypatch):
+    """As after 0.3.0: logits (T, V), whose log-probs its own function gives as (T,)."""
+    logits, labels, batch, _ = titan_case()
+    loss_fn = titan[0].Config(variance_coef=1.5).build()
+    loss, logged = loss_fn(logits, labels, 17, **batch)
+    by_rows = torchtitan.components.loss.compute_logprobs
+
+    def by_token(logits, labels, *, return_entropy=False):
+        assert logits.dim() == 2 and labels.dim() == 1
+        found = by_rows(logits[None], labels[None], return_entropy=return_entropy)
+        return tuple(x[0] for x in found)
+
+    monkeypatch.setattr(sys.modules[titan[0].__module__], "compute_logprobs", by_token)
+    flat = {name: x.flatten() for name, x in batch.items()}
+    packed, logged_packed = loss_fn(logits.flatten(0, 1), labels.flatten(), 17, **flat)
+    torch.testing.assert_close(packed, loss)
+    torch.testing.assert_close(logged_packed, logged)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (gradient_packed,) = torch.autograd.grad(packed, logits)
+    torch.testing.assert_close(gradient_packed, gradient)
+
+
+@pytest.fixture
+def combine(monkeypatch):
+    """The controller's sum over micro-batches; its package imports the engine."""
+    for name in ("rl", "rl.observability", "rl.rollout", "rl.rollout.types"):
+        monkeypatch.setitem(sys.modules, f"torchtitan.experiments.{name}", MagicMock())
+    file = wheel_file("torchtitan", "rl/controller_metrics.py", "controller_metrics")
+    return file.combine_microbatch_metrics
+
+
+def test_torchtitan_dual(titan, combine):
+    """Two steps of two micro-batches in chunks, and a validation between: λ moves once a step, by
+    all chunks, and arrives unscaled in what the controller logs."""
+    from torchtitan.components.loss import ChunkedLossWrapper
+
+    logits, labels, batch, mask = titan_case()
+    loss_fn = titan[0].Config(variance_coef=0.7, variance_target=0.3, variance_coef_lr=0.2)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(9, 9, bias=False)
+    wrapper = ChunkedLossWrapper.Config(num_chunks=3, loss_fn=loss_fn).build()
+    wrapper.set_lm_head(head)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    coef = 0.7
+    for _ in range(2):
+        log_p = head(logits).log_softmax(-1).detach().double()
+        logps = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        d = torch.where(mask, logps - batch["generator_logprobs"], 0.0).expm1()
+        v = (d.square().sum() / mask.sum()).item()
+        assert 0.05 < abs(v / 0.3 - 1) < 0.9
+        found = []
+        for row in (slice(0, 1), slice(1, 2)):
+            rows = {name: x[row] for name, x in batch.items()}
+            loss, logged = wrapper(logits[row], labels[row], 8, **rows)
+            loss.backward()
+            found.append({name: x.item() for name, x in logged.items()})
+        with torch.no_grad():
+            wrapper(logits[row].detach(), labels[row], 8, **rows)
+        combined = combine(found)
+        assert combined["loss/variance_coef/max"] == pytest.approx(coef, rel=1e-6)
+        optimizer.step()
+        coef *= math.exp(0.2 * min(v / 0.3 - 1, 1))
+        assert wrapper.loss_fn.steps.constraint.coef.item() == pytest.approx(coef, rel=1e-5)
+    assert combined["loss/step/ratio_var/max"] > 0
+
+
+def test_torchtitan_names_what_it_lacks(titan, monkeypatch, forget):
+    name = "r2vpo_kernels.integrations.torchtitan"
+    forget(name)
+    monkeypatch.setattr(torchtitan.components.loss, "compute_logprobs", lambda logits, labels: None)
+    with pytest.raises(ImportError, match=r"without the parameter return_entropy; .* tested with"):
+        importlib.import_module(name)
+
+
 def test_torchtitan_bad_input(titan):
     ours, _ = titan
     logits, labels, batch, _ = titan_case()
     with pytest.raises(ValueError, match="generator_logprobs: got None"):
         ours.Config().build()(logits, labels, **batch | {"generator_logprobs": None})
     with pytest.raises(ValueError, match="center: got 'group'"):
-        ours.Config(center="group").build()(logits, labels, **batch)
+        ours.Config(center="group").build()
     with pytest.raises(ValueError, match="ratio_level: got 'sequence', expected one of 'token'"):
         ours.Config(ratio_level="sequence").build()
+    with pytest.raises(ValueError, match="clip_range: got None, expected ε"):
+        ours.Config(policy_loss="clip").build()
+    with pytest.raises(ValueError, match="variance_coef_min: got 0"):
+        ours.Config(variance_target=0.1, variance_coef_min=0.0).build()

@@ -9,7 +9,6 @@ import functools
 import importlib
 import math
 import os
-import sys
 import warnings
 
 # Before TRL is imported: nothing is to be fetched, nothing reported.
@@ -985,10 +984,8 @@ def test_auxiliary_loss_of_experts(tmp_path):
     assert ours._metrics["train"]["aux_loss"] == theirs._metrics["train"]["aux_loss"] != [0.0]
 
 
-def test_a_trl_that_lacks_something_is_named(monkeypatch):
-    for name in list(sys.modules):
-        if name.startswith("r2vpo_kernels.integrations.trl"):
-            monkeypatch.delitem(sys.modules, name)
+def test_a_trl_that_lacks_something_is_named(monkeypatch, forget):
+    forget("r2vpo_kernels.integrations.trl")
     monkeypatch.delattr(trl.GRPOTrainer, "_compute_loss")
     message = r"trl: got version .*, which has GRPOTrainer without _compute_loss; .* with 1\.16\.0"
     with pytest.raises(ImportError, match=message):

@@ -297,8 +297,8 @@ def test_verl_finds_it(environment):
     assert "r2vpo_policy_loss" in done.stdout
 
 
-def test_a_verl_that_lacks_something_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "r2vpo_kernels.integrations.verl")
+def test_a_verl_that_lacks_something_is_named(monkeypatch, forget):
+    forget("r2vpo_kernels.integrations.verl")
     monkeypatch.setattr(core_algos, "agg_loss", lambda loss_mat, loss_mask, loss_agg_mode: None)
     message = (
         r"verl: got version 0\.9\.1, which has .* without the parameter dp_size; .* with 0\.9\.1"

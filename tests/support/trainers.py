@@ -17,6 +17,9 @@ import torch
 
 VERSIONS = {"slime": "0.3.1", "nemo-rl": "0.7.0", "prime-rl": "0.8.0", "skyrl": "0.3.0"}
 NAN = float("nan")
+# What `import r2vpo_kernels` must leave alone; the adapters have their names.
+FRAMEWORKS = ("verl", "openrlhf", "slime", "nemo_rl", "prime_rl", "skyrl", "torchtitan", "trl")
+ADAPTERS = (*FRAMEWORKS, "hook", "steps")
 
 
 def case(rows=3, length=5, seed=0):
