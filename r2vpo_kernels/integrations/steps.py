@@ -66,7 +66,8 @@ class OptimizerSteps:
         group: returns the ranks that call the loss, and take part in every optimizer step;
             default: all ranks.
         file: where λ is taken from if it exists, and written by the group's first rank after each
-            step, which waits for the device: for trainers whose checkpoints cannot hold it.
+            step, which waits for the device: for trainers whose checkpoints cannot hold it. It may
+            be set to another between steps.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class OptimizerSteps:
         self.last: RatioStats | None = None
         self._advice = advice
         self._group = group
-        self._file = file
+        self.file = file
         self._window: dict[int, RatioStats] = {}
         self._watched = 0
         self._moved: Tensor | float = 0.0
@@ -123,8 +124,8 @@ class OptimizerSteps:
         self.last = stats
         if self.constraint is not None:
             self.constraint.step(stats)
-            if self._file is not None and rank == 0:
-                self.save(self._file)
+            if self.file is not None and rank == 0:
+                self.save(self.file)
         if self._advice is not None and self._watched < STEPS_WATCHED:
             self._watch(stats, self._advice)
 
