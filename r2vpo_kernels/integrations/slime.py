@@ -65,10 +65,9 @@ slime.has(
     loss, "get_log_probs_and_entropy", "get_rollout_top_p_logprob_kwargs", "compute_approx_kl",
     "vanilla_tis_function",
 )  # fmt: skip
-slime.has(cp_utils, "slice_log_prob_with_cp", "get_sum_of_sample_mean")
+slime.has(cp_utils, "slice_log_prob_with_cp")
 slime.takes(loss.get_log_probs_and_entropy, "unconcat_tokens", "with_entropy")
 slime.takes(loss.compute_approx_kl, "kl_loss_type", "importance_ratio")
-slime.takes(cp_utils.get_sum_of_sample_mean, "sample_denoms", "calculate_per_token_loss")
 
 PREFIX = "r2vpo_"
 ADVICE = (
@@ -135,16 +134,11 @@ def r2vpo_loss_function(
     old_name = "rollout_log_probs" if args.use_rollout_logprobs else "log_probs"
     old, advantages = packed(old_name), torch.cat(batch["advantages"])
     mask = kept = trained = local(batch["loss_masks"], batch)
-    masks, mean = batch["loss_masks"], sum_of_sample_mean
+    masks = batch["loss_masks"]
     mismatch: dict[str, Tensor] = {}
     if args.use_tis or args.get_mismatch_metrics:
         weights, masks, mismatch = correction(args, batch, packed)
         mismatch["ois"] = (fixed - old).exp()
-        mean = cp_utils.get_sum_of_sample_mean(
-            *(batch["total_lengths"], batch["response_lengths"], masks),
-            sample_denoms=batch["rollout_mask_sums"],
-            calculate_per_token_loss=args.calculate_per_token_loss,
-        )
         kept = local(masks, batch)
         trained = kept * (weights != 0)
         keywords["importance_weights"] = weights
@@ -153,11 +147,17 @@ def r2vpo_loss_function(
         keywords["cu_seqlens"] = torch.tensor(lengths, device=fixed.device).cumsum(0)
     out = token_losses(logps, old, advantages, trained, old_name, steps, **keywords)
 
-    def kept_mean(values: Tensor) -> Tensor:
-        return mean(torch.where(kept != 0, values, 0.0))
+    def mean(values: Tensor, among: Tensor) -> Tensor:
+        # Dropped tokens leave the sum, not slime's denominator.
+        return sum_of_sample_mean(torch.where(among != 0, values, 0.0))
 
-    pg_loss = policy_loss_reducer(args, batch, masks, mean)(out.loss)
-    logged = {"pg_loss": pg_loss, "entropy_loss": kept_mean(entropy)}
+    path = getattr(args, "custom_pg_loss_reducer_function_path", None)
+    reducer: Reducer = sum_of_sample_mean
+    if path is not None:
+        sizes = batch["total_lengths"], batch["response_lengths"]
+        reducer = load_function(path)(*sizes, masks, args.calculate_per_token_loss)
+    pg_loss = reducer(out.loss)
+    logged = {"pg_loss": pg_loss, "entropy_loss": mean(entropy, kept)}
     total = pg_loss - args.entropy_coef * logged["entropy_loss"]
     if args.use_kl_loss:
         new, ref, behaviour = (
@@ -167,21 +167,20 @@ def r2vpo_loss_function(
         kl = loss.compute_approx_kl(
             new, ref, kl_loss_type=args.kl_loss_type, importance_ratio=factor
         )
-        logged["kl_loss"] = kept_mean(kl)
+        logged["kl_loss"] = mean(kl, kept)
         total = total + args.kl_loss_coef * logged["kl_loss"]
-    logged |= {"loss": total, "ppo_kl": kept_mean(old - fixed)}
+    logged |= {"loss": total, "ppo_kl": mean(old - fixed, kept)}
     if batch.get("rollout_log_probs"):
         trainer = fixed if args.use_rollout_logprobs else old
         difference = (trainer - packed("rollout_log_probs")).abs()
-        logged["train_rollout_logprob_abs_diff"] = kept_mean(difference)
+        logged["train_rollout_logprob_abs_diff"] = mean(difference, kept)
     for name, values in mismatch.items():
-        # slime's means of these are over all tokens, the dropped ones too.
-        logged[name] = sum_of_sample_mean(torch.where(mask != 0, values, 0.0))
+        logged[name] = mean(values, mask)
     ours, share = metrics(out, steps), metric_share(args, batch)
     ours["ratio/second_moment"] = out.stats.second_moment.sum()
     logged |= {name: share * value for name, value in ours.items()}
     clipped = sum(value for name, value in ours.items() if name.startswith("clip/"))
-    logged["pg_clipfrac"] = kept_mean(clipped * torch.ones_like(fixed))
+    logged["pg_clipfrac"] = mean(clipped * torch.ones_like(fixed), kept)
     return total, {name: value.detach() for name, value in logged.items()}
 
 
@@ -211,17 +210,6 @@ def correction(
     return corrected
 
 
-def policy_loss_reducer(
-    args: Namespace, batch: dict[str, Any], masks: list[Tensor], default: Reducer
-) -> Reducer:
-    path = getattr(args, "custom_pg_loss_reducer_function_path", None)
-    if path is None:
-        return default
-    sizes = batch["total_lengths"], batch["response_lengths"]
-    reducer: Reducer = load_function(path)(*sizes, masks, args.calculate_per_token_loss)
-    return reducer
-
-
 def metric_share(args: Namespace, batch: dict[str, Any]) -> Tensor:
     """This rank's and micro-batch's part of the number by which slime divides a step's metrics.
 
@@ -246,10 +234,10 @@ def before_train_step(
     It is written after each step, so that it is there before the checkpoint is, the last one's too.
     """
     # A critic's process, and those of other pipeline stages, have no λ.
-    if step_id > 0 or args.loss_type != "custom_loss":
+    if args.loss_type != "custom_loss" or not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return
     steps = steps_of(args)
-    if steps.constraint is None or not mpu.is_pipeline_last_stage(ignore_virtual=True):
+    if steps.constraint is None:
         return
     name = PREFIX + "variance_coef_file"
     if getattr(args, name, None) is not None:
