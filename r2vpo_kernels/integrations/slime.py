@@ -16,7 +16,8 @@ passes no group ids: center is "one".
 
 The old log-probs are recomputed, always, for a custom loss; with one optimizer step per rollout
 every ratio is then 1. --use-rollout-logprobs takes the engine's, and the penalty sees how old the
-data are. Under --rollout-top-p all log-probs are slime's own, over the sets that it replays.
+data are. With --rollout-top-p all log-probs are slime's, renormalised over the sets that it
+replays; its entropy is that of the full vocabulary.
 
 λ by the dual, r2vpo_variance_target, is kept beside slime's checkpoints, in r2vpo/ of --save, with
 
@@ -242,8 +243,8 @@ def before_train_step(
     name = PREFIX + "variance_coef_file"
     if getattr(args, name, None) is not None:
         raise invalid(name, repr(getattr(args, name)), "it unset: λ is kept beside checkpoints")
-    resumed = steps.last is None and rollout_id > 0 and not args.finetune
-    if resumed:
+    if steps.last is None and rollout_id > 0 and not args.finetune:
+        # The process trains for the first time, from the checkpoint of the rollout before.
         steps.restore(kept_beside(args.load, rollout_id - 1))
     if args.save is not None and args.save_interval is not None:
         steps.file = kept_beside(args.save, rollout_id)

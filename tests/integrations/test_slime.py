@@ -509,7 +509,9 @@ def test_slime_bad_input(slime):
             with pytest.raises(ValueError, match=match):
                 check(case.args)
 
-    adapter.check_arguments(Case().args)
+    options = {f"r2vpo_{name}": value for name, value in CLIP.items()}
+    adapter.check_arguments(Case(r2vpo_ratio_level="sequence", **options).args)
+    adapter.check_arguments(Case(r2vpo_variance_target=0.05).args)
     error("log_probs: got None, expected .*shape", drop="log_probs", check=None)
     error("rollout_log_probs: got None", drop="rollout_log_probs", check=None,
           use_rollout_logprobs=True)  # fmt: skip
