@@ -7,7 +7,7 @@ every hook registered for all optimizers.
 from __future__ import annotations
 
 import json
-import os
+import uuid
 import warnings
 import weakref
 from collections.abc import Callable
@@ -71,7 +71,8 @@ class OptimizerSteps:
             default: all ranks. None, and statistics are those of this rank, where a rank may have
             no token in a step: the others would wait for it.
         file: where λ is taken from if it exists, and written by the group's first rank after each
-            step, which waits for the device: for trainers whose checkpoints cannot hold it.
+            step, which waits for the device: for trainers whose checkpoints cannot hold it. It may
+            be set to another between steps.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class OptimizerSteps:
         self.last: RatioStats | None = None
         self._advice = advice
         self._group = group
-        self._file = file
+        self.file = file
         self._window: dict[int, RatioStats] = {}
         self._watched = 0
         self._moved: Tensor | float = 0.0
@@ -141,8 +142,8 @@ class OptimizerSteps:
         self.last = stats
         if self.constraint is not None:
             self.constraint.step(stats)
-            if self._file is not None and rank == 0:
-                self.save(self._file)
+            if self.file is not None and rank == 0:
+                self.save(self.file)
         if self._advice is not None and self._watched < STEPS_WATCHED:
             self._watch(stats, self._advice)
 
@@ -173,7 +174,7 @@ class OptimizerSteps:
         """Write λ; one rank calls it. Readers find the file whole."""
         assert self.constraint is not None
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")
         partial.write_text(json.dumps({"variance_coef": self.constraint.coef.item()}))
         partial.replace(file)
 
