@@ -60,8 +60,8 @@ class OptimizerSteps:
     follow() adds what one loss call measured. The next step of an optimizer ends the window: its
     statistics are summed over the ranks of `group`, and the dual moves λ once, by all of them.
     Steps without a loss call before them, such as those of a critic or of the second of a policy's
-    two optimizers, are ignored. A step that is skipped for its gradients leaves the window open:
-    the weights are still those that it measured.
+    two optimizers, are ignored. What a step measured that is skipped for its gradients counts with
+    the next: the weights are still the same.
 
     Args:
         constraint: the dual, or None where λ is a number.
@@ -89,6 +89,7 @@ class OptimizerSteps:
         self._group = group
         self.file = file
         self._window: dict[int, RatioStats] = {}
+        self._skipped: dict[int, RatioStats] = {}  # by a step of which the host does not know
         self._watched = 0
         self._moved: Tensor | float = 0.0
         if constraint is not None and file is not None and file.exists():
@@ -126,14 +127,17 @@ class OptimizerSteps:
     def close(self, skipped: Tensor | None = None) -> None:
         """End an optimizer step: by torch's hook, or by a driver whose workers have the optimizers.
 
-        A nonzero `skipped` on the device leaves the window open.
+        Where `skipped`, on the device, is not 0, its statistics count with the next.
         """
         if not self._window:
             return
         window, self._window = self._window, {}
+        for batch, stats in self._skipped.items():
+            window[batch] = window[batch] + stats if batch in window else stats
+        self._skipped = {}
         if skipped is not None:
             kept = skipped.reshape(()) != 0
-            self._window = {batch: _where(kept, stats) for batch, stats in window.items()}
+            self._skipped = {batch: _where(kept, stats) for batch, stats in window.items()}
             window = {batch: _where(~kept, stats) for batch, stats in window.items()}
         stats, rank = _concatenate(window), 0
         if dist.is_initialized() and self._group is not None:

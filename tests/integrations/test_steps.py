@@ -114,6 +114,11 @@ def test_a_step_that_the_scaler_skips_waits_for_the_next(fused):
     steps.follow(stats_of(0.1))
     step(1.0)
     assert coef_of(steps) == pytest.approx(moved(moved(0.5, 0.1, 0.3), 0.1), rel=1e-6)
+    # Another optimizer's step changes nothing, nor what is logged.
+    before = steps.metrics()
+    step(1.0)
+    torch.testing.assert_close(steps.metrics(), before, rtol=0, atol=0)
+    assert before["step/ratio_mean"].item() == pytest.approx(1.1, rel=1e-6)
 
 
 def test_a_loss_keeps_its_coefficient():
