@@ -5,32 +5,62 @@ RUN = $(VENV)/bin/python
 
 GPU_PARTS = gpu-parity gpu-launches gpu-bench gpu-memory gpu-tune
 
-.PHONY: test test-triton test-triton-others test-others test-avx2 demo study bench bench-linear gpu $(GPU_PARTS) sanitize \
+.PHONY: quick test test-all test-interpreter test-others all-interpreter all-interpreter-linear \
+	all-others all-avx2 test-torch demo study bench bench-linear gpu $(GPU_PARTS) sanitize \
 	lint docs clean
 
-# On two cores, without threads that wait for each other's: what Triton's interpreter runs, which is
-# slow, and everything else. MAKEFLAGS would tell a build within a test of job slots that it cannot have.
-HALF = MAKEFLAGS= OMP_NUM_THREADS=1 $(RUN) -m pytest
+# Each part is one process without threads that wait for another's, two at a time. Its output goes to
+# build/, with a line of progress now and then, and is shown when it is done. MAKEFLAGS would tell a
+# build within a test of job slots that it cannot have.
+PART = MAKEFLAGS= OMP_NUM_THREADS=1 R2VPO_TEST_PROGRESS=$@:3 $(RUN) -m pytest -q
+TOLD = 3>&2 >build/$@.log 2>&1; code=$$?; cat build/$@.log; exit $$code
+PARTS = mkdir -p build; $(MAKE) --no-print-directory --jobs 2
+
+# The reference, errors, the dual, and one case of parity per backend: in a minute.
+quick: $(VENV)/ready
+	OMP_NUM_THREADS=1 R2VPO_TEST_EXAMPLES=1 $(RUN) -m pytest -q -m "not slow" tests/reference \
+		tests/kernels/test_parity.py
+
+# All but what is marked slow, with fewer drawn examples.
 test: $(VENV)/ready
-	@echo "three parts and one once more, two at a time, each shown when it is done: twenty minutes"
-	$(MAKE) --no-print-directory --jobs 2 --output-sync \
-		test-others test-triton test-triton-others test-avx2
+	@$(PARTS) test-interpreter test-others
 
-test-triton: $(VENV)/ready
-	R2VPO_TEST_EXAMPLES=10 $(HALF) tests/kernels -k triton
+# What .ci/run runs: everything, the longest first.
+test-all: $(VENV)/ready
+	@$(PARTS) all-interpreter all-others all-interpreter-linear all-avx2
 
-test-triton-others: $(VENV)/ready
-	R2VPO_TEST_EXAMPLES=10 $(HALF) --ignore tests/kernels -k triton
+test-interpreter:
+	@R2VPO_TEST_EXAMPLES=2 $(PART) -m "interpreter and not slow" $(TOLD)
 
-test-others: $(VENV)/ready
-	$(HALF) -k "not triton"
+test-others:
+	@R2VPO_TEST_EXAMPLES=10 $(PART) -m "not interpreter and not slow" $(TOLD)
+
+# An interpreter takes a hundred times as long for an example as a kernel.
+all-interpreter:
+	@R2VPO_TEST_EXAMPLES=5 $(PART) -m interpreter --ignore tests/linear $(TOLD)
+
+all-interpreter-linear:
+	@R2VPO_TEST_EXAMPLES=5 $(PART) -m interpreter tests/linear $(TOLD)
+
+all-others:
+	@$(PART) -m "not interpreter" $(TOLD)
 
 # Parity once more, as on a processor with neither AVX-512 nor matrix units. Inductor's cache takes
 # what was compiled for one instruction set for any other.
-test-avx2: $(VENV)/ready
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/avx2 \
-		$(HALF) tests/kernels/test_parity.py tests/kernels/test_laws.py \
-		tests/kernels/test_known_bugs.py tests/linear -k "not triton and not cuda"
+all-avx2:
+	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/avx2 \
+		$(PART) tests/kernels/test_parity.py tests/kernels/test_laws.py \
+		tests/kernels/test_known_bugs.py tests/linear -m "not interpreter" -k "not cuda" $(TOLD)
+
+# The package alone with another torch, in an environment of its own, without trainers and tools.
+TORCH ?= 2.11.0
+OTHER = build/torch-$(TORCH)
+test-torch:
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet torch==$(TORCH) numpy pytest hypothesis pybind11 ninja
+	$(OTHER)/bin/python -m pip install --quiet .
+	R2VPO_TEST_EXAMPLES=5 OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -m "not slow" \
+		tests/reference tests/kernels
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_tiny.py

@@ -5,6 +5,7 @@ R2VPO_TEST_DEVICE=cuda runs the same tests on a GPU, with compiled kernels.
 
 import os
 import sys
+import time
 
 DEVICE_NAME = os.environ.get("R2VPO_TEST_DEVICE", "cpu")
 if DEVICE_NAME == "cpu":
@@ -28,17 +29,15 @@ from r2vpo_kernels.sources import products  # noqa: E402
 TRAINERS = ["integrations", "linear/test_adapter.py"]
 collect_ignore = [] if sys.version_info[:2] == (3, 11) else TRAINERS
 
-settings.register_profile(
-    "default",
-    deadline=None,
-    max_examples=40,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 # An interpreter takes a hundred times as long for one: the Makefile asks for fewer there.
 EXAMPLES = int(os.environ.get("R2VPO_TEST_EXAMPLES", "30"))
 settings.register_profile(
-    "ci", settings.get_profile("default"), derandomize=True, max_examples=EXAMPLES
+    "default",
+    deadline=None,
+    max_examples=EXAMPLES,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
@@ -88,7 +87,39 @@ def halves(request):
         yield request.param
 
 
+def pytest_collection_modifyitems(items):
+    """What runs in Triton's interpreter is marked so, and slow where its test is slow there."""
+    for item in items:
+        if DEVICE_NAME == "cpu" and "triton" in item.name:
+            item.add_marker("interpreter")
+            if item.get_closest_marker("slow_in_interpreter"):
+                item.add_marker("slow")
+
+
+class Progress:
+    """A line every few seconds on a file descriptor of its own, where pytest's output is a file."""
+
+    def __init__(self, name, descriptor, total):
+        self.name, self.descriptor, self.total = name, descriptor, total
+        self.done, self.failed, self.told = 0, 0, time.monotonic()
+
+    def pytest_runtest_logreport(self, report):
+        self.failed += report.failed
+        self.done += report.when == "teardown"
+        if time.monotonic() - self.told > 5:
+            self.told = time.monotonic()
+            line = f"{self.name}: {self.done} of {self.total} tests, {self.failed} failed\n"
+            os.write(self.descriptor, line.encode())
+
+
 def pytest_collection_finish(session):
+    if "R2VPO_TEST_PROGRESS" in os.environ:
+        name, descriptor = os.environ["R2VPO_TEST_PROGRESS"].split(":")
+        session.config.pluginmanager.register(Progress(name, int(descriptor), len(session.items)))
+    _gate_comes_last(session)
+
+
+def _gate_comes_last(session):
     """The ahead-of-time gate compiles in the background, and comes last."""
     gate = [item for item in session.items if item.path.name == "test_aot.py"]
     if gate and not session.config.option.collectonly:
