@@ -87,6 +87,8 @@ class LossKeywords(LossOptions, total=False):
     entropy: Tensor | None
     entropy_coef: float
     cu_seqlens: Tensor | None
+    group_ids: Tensor | None
+    num_groups: int | None
 
 
 def settings(config: object, prefix: str = "") -> LossKeywords:
