@@ -25,6 +25,9 @@ from support.small_steps import walk_in_small_steps  # noqa: E402
 from r2vpo_kernels.backends import registry  # noqa: E402
 from r2vpo_kernels.sources import products  # noqa: E402
 
+# Fixtures of tests/integrations. A second conftest.py would be another module of this one's name.
+pytest_plugins = ["support.trainer_modules"]
+
 # The trainers are installed for one Python (requirements-dev.txt).
 TRAINERS = ["integrations", "linear/test_adapter.py"]
 collect_ignore = [] if sys.version_info[:2] == (3, 11) else TRAINERS

@@ -278,5 +278,6 @@ def check_compiled(rank):
         assert torch.equal(found.to_local(), expected.to_local())
 
 
+@pytest.mark.slow
 def test_compiled(tmp_path):
     run_on(1, tmp_path, check_compiled)

@@ -70,6 +70,7 @@ def test_any_call_is_within_the_budget(ranks, tmp_path):
     run_on(ranks, tmp_path, check_drawn, drawn_jobs, words_of)
 
 
+@pytest.mark.slow
 def test_a_rank_without_words_takes_part(tmp_path):
     drawn_jobs = jobs(cpp=20, eager=10, triton=4, cuda=4)
     run_on(3, tmp_path, check_drawn, drawn_jobs, words_but_of_one)
@@ -326,5 +327,6 @@ def check_compiled(rank):
     torch.library.opcheck(ops.shard_layout, (labels, *described))
 
 
+@pytest.mark.slow
 def test_compiled_and_as_ops(tmp_path):
     run_on(1, tmp_path, check_compiled)

@@ -155,6 +155,7 @@ def test_the_callers_floating_point_state_survives():
     assert (torch.tensor(1e-40) * 0.5).item() > 0
 
 
+@pytest.mark.slow
 def test_the_installation_says_what_it_found():
     run = subprocess.run(
         [sys.executable, "-m", "r2vpo_kernels"], cwd=ROOT, capture_output=True, text=True
@@ -223,6 +224,7 @@ def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment, words",
     [
@@ -237,6 +239,7 @@ def test_a_compiler_that_fails_is_reported(tmp_path, environment, words):
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_an_empty_name_of_a_compiler_and_a_path_with_a_space_compile(tmp_path):
     folder = tmp_path / "a folder: $1"
     shutil.copytree(ROOT / "csrc", folder / "csrc")

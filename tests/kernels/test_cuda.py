@@ -724,6 +724,7 @@ def machine_code():
     return cuda_kernels()
 
 
+@pytest.mark.slow
 @NVCC
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_machine_code_is_as_meant(machine_code, target):
@@ -792,6 +793,7 @@ def test_the_machine_code_over_tokens_is_as_meant(machine_code, target):
         assert fetched == (meets or name.startswith("Groups")), name
 
 
+@pytest.mark.slow
 @NVCC
 def test_without_a_driver_it_imports_and_a_launch_raises_in_cudas_words():
     program = """

@@ -251,6 +251,7 @@ def test_9_autograd_notices_logits_overwritten_that_it_still_needs(kernels, devi
         (out.loss * 2).backward()
 
 
+@pytest.mark.slow_in_interpreter
 def test_9_in_place_takes_no_second_buffer(kernels, device):
     """The gradient of the logits lies where the logits lay."""
     logits, labels, old_logps, advantages = batch(device)

@@ -67,6 +67,7 @@ def test_shifting_a_row_of_logits_changes_nothing(backend, device, case, shift):
         assert torch.equal(out.logps, shifted.logps) and torch.equal(gradient, same)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("reduction", AGGREGATED)
 @pytest.mark.parametrize("center", ["one", "group", "given"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -198,6 +199,7 @@ def test_the_unbiased_kl_has_the_gradient_of_the_kl(backend, device, kl_estimato
     torch.testing.assert_close(gradient.sum(0), expected.float(), rtol=0, atol=100 * U)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [64, 72, 33])
 def test_a_row_does_not_depend_on_its_batch(backend, device, dtype, vocabulary):
@@ -310,6 +312,7 @@ print("read nothing")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["rows", "sets"])
 def test_a_row_of_weight_zero_and_a_word_that_is_not_kept_are_not_read(kernels, what):
     """Their memory may not even be readable: a look at it would end the process."""
@@ -577,6 +580,7 @@ def test_the_sets_of_masked_tokens_are_harmless(backend, device, case):
         )
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "route", [{}, {"entropy_coef": 0.1}, {"center": "group"}, {"reduction": "none"}]
@@ -606,6 +610,7 @@ def test_a_set_of_one_is_certain(backend, device, dtype, route):
         assert torch.equal(out.loss[~alone], without.loss[~alone])
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", MASKED)
 def test_parts_of_a_mask_go_with_parts_of_the_batch(backend, device, dtype, kind):
@@ -655,6 +660,7 @@ def test_calls_that_share_a_mask_do_not_disturb_each_other(backend, device):
             assert torch.equal(losses[k], alone.loss)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("kind", MASKED)
 def test_log_probs_recorded_over_the_sets_are_on_policy(kernels, device, kind):
     logits, labels, _, advantages, mask, sets = draw_sampled(device, kind, torch.bfloat16, 72)
@@ -693,6 +699,7 @@ def test_micro_batches_of_a_sampled_batch_sum_to_it(backend, device, center):
         torch.testing.assert_close(part, gradient[rows], rtol=0, atol=scale)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("kind", MASKED)
 def test_the_gradients_of_log_probs_are_those_of_plain_torch(backend, device, kind):
     """In float64, where it can: logits outside are -inf, and log_softmax is torch's."""

@@ -96,6 +96,7 @@ OPS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("name", ["check", *OPS])
@@ -263,6 +264,7 @@ def routes():
         yield pytest.param(backend, name, COMPILER, id=f"{backend}-{name}-{COMPILER}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, name, compiler", list(routes()))
 def test_fullgraph_with_at_most_one_extra_compilation(device, backend, name, compiler):
     """Shapes, λ, ε and temperature change between calls; all results stay those of eager mode."""

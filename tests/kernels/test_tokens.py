@@ -409,6 +409,7 @@ def test_tokens_of_every_kind(backend, c, empirical):
     check_call(backend, c, empirical)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("empirical", [False, True])
 @pytest.mark.parametrize(
     "layout",
@@ -436,6 +437,7 @@ def test_many_units_and_groups(backend, groups):
         check_call(backend, call(layout, groups=groups, variance_coef="token"), empirical)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[64000], [1] * 64000], ids=["one sequence", "one token each"])
 def test_64000_tokens(backend, kernels, lengths):
     if kernels == "triton":

@@ -108,6 +108,7 @@ def test_any_call_is_within_the_budget(backend, device, halves, linear, rank, dt
     check_linear_case(inputs, labels, options, keywords, backend, adapted=adapted(scaling))
 
 
+@pytest.mark.slow_in_interpreter
 @settings(max_examples=10)
 @given(linear_cases(dtype=torch.float32), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_under_autocast_all_products_are_in_its_dtype(kernels, device, halves, linear, dtype):
@@ -255,6 +256,7 @@ def test_dropout_in_eval_mode_is_none(device):
 # What is computed.
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("center", ["one", "group"])
 @pytest.mark.parametrize("wanted", ["hidden", "lora_A", "lora_B", "base_layer", "nothing"])
 def test_only_what_requires_grad_is_computed(kernels, device, center, wanted):
@@ -343,6 +345,7 @@ def test_a_sampling_mask_takes_dense_products(kernels, device):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("center", ["one", "group"])
 def test_fullgraph_without_another_compilation(device, center):
     torch._dynamo.reset()
@@ -390,6 +393,7 @@ def check_shards(rank):
         linear_token_logps(placed, model[0], rest[0][rows])
 
 
+@pytest.mark.slow
 def test_sharded_parameters_are_gathered(tmp_path):
     run_on(RANKS, tmp_path, check_shards)
 

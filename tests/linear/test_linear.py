@@ -69,6 +69,7 @@ def test_any_call_is_within_the_budget(backend, device, halves, linear):
     check_linear_case(inputs, labels, head, keywords, backend)
 
 
+@pytest.mark.slow_in_interpreter
 @settings(max_examples=20)
 @given(linear_cases(center="one", level="token", reduction="token-mean"))
 def test_the_one_pass_route_is_within_the_budget(kernels, device, halves, linear):
@@ -112,6 +113,7 @@ def test_sums_over_chunks_are_float32(device, halves):
     torch.testing.assert_close(parts, whole, rtol=3 * 2.0**-8, atol=1e-6)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize(
     "dtype, logits_dtype", [*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float32)]
 )
@@ -140,6 +142,7 @@ def test_the_same_as_from_the_logits(kernels, device, halves, dtype, logits_dtyp
         assert_within("dweight", dweight, exact, bound, dtype=dtype)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["single", "small", "some empty", "some missing"])
 def test_sets_give_the_same_as_from_the_logits(kernels, device, halves, dtype, kind):
@@ -495,6 +498,7 @@ def test_gradients_come_in_the_dtypes_of_the_parameters(device, halves):
 # Laws.
 
 
+@pytest.mark.slow_in_interpreter
 @settings(max_examples=10)
 @given(linear_cases(masking="bool"))
 def test_nothing_at_a_masked_token_matters(backend, device, halves, linear):
@@ -666,6 +670,7 @@ def test_a_model_gets_the_gradients_of_its_logits(device, tied, checkpointed):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize(
     "name", ["linear_logps_forward", "linear_logps_backward", "linear_one_pass"]
 )
@@ -707,6 +712,7 @@ def test_opcheck(kernels, device, name, with_entropy, kind, sparse, lora):
     check_op(name, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, center", [("auto", "one"), ("auto", "group"), ("eager", "one")])
 def test_fullgraph_with_at_most_one_extra_compilation(device, backend, center):
     torch._dynamo.reset()
@@ -734,6 +740,7 @@ def test_fullgraph_with_at_most_one_extra_compilation(device, backend, center):
     assert counts[0] == 1 and counts[-1] <= 2, counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])
 def test_a_model_compiles_with_its_head(device, logits_dtype):
     """The head as a module, under autocast, with what its gradient needs found in forward."""
@@ -785,6 +792,7 @@ print(peak_memory(step, device), dtype.itemsize * chunk * vocabulary, 4 * weight
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halves", [{}, {"R2VPO_KERNELS_HALF_PRODUCTS": "float32"}])
 @pytest.mark.parametrize("center", ["one", "group"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

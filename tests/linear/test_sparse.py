@@ -62,6 +62,7 @@ def test_any_call_is_within_the_budget(always, device, case, kind):
     check_linear_case(*case.tensors(device), always)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_and_words_of_several_steps_are_within_the_budget(always, device, dtype):
     """More columns than a step has, a number that no step divides, and more words than a block."""
@@ -102,6 +103,7 @@ def test_it_agrees_with_dense_products(always, device, center, monkeypatch):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_every_time_and_with_any_threads(always, device, dtype):
     leaves, labels, keywords = draw(device, dtype=dtype, kind="some empty")
@@ -197,6 +199,7 @@ def test_a_mask_that_was_used_before_changes_no_bit(device):
     assert order_by_word.call_count == 1
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias", "nothing"])
 def test_only_what_requires_grad_is_computed(always, device, wanted):
     (hidden, weight), labels, keywords = draw(device, kind="some empty")
@@ -293,6 +296,7 @@ def test_no_temporary_is_as_large_as_the_kept_rows_of_the_head(always, device):
     assert leaves[1].nbytes < ids * 64 * 4
 
 
+@pytest.mark.slow
 def test_fullgraph_and_any_number_of_ids(always, device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HEADER = """
 import torch
 from r2vpo_kernels import (
@@ -48,6 +50,7 @@ REJECTED = [
 ]
 
 
+@pytest.mark.slow
 def test_types_are_revealed_and_mistakes_rejected(tmp_path):
     lines = [f"reveal_type({call})" for call in REVEALED] + REJECTED
     file = tmp_path / "calls.py"

@@ -48,6 +48,7 @@ def run_linear(folder, dtype, *names):
     return run(folder, *names, benchmark=linear, arguments=arguments)
 
 
+@pytest.mark.slow
 def test_every_contender_of_a_cpu_is_right_and_recorded(tmp_path):
     names = [*OURS, "eager", "eager log-probs", "Liger GRPO", "triton one-pass"]
     code, rows = run(tmp_path, *names)
@@ -87,6 +88,7 @@ def test_a_contender_that_is_wrong_is_not_timed(tmp_path, monkeypatch, fault):
     assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
 
 
+@pytest.mark.slow
 def test_clip_and_cispo_run_beside_r2vpo_on_the_same_kernels(tmp_path, monkeypatch):
     run_here = [c for c in contenders.contenders() if c.name.startswith(("cpp", "eager"))]
     monkeypatch.setattr(loss, "contenders", lambda: run_here)
@@ -117,6 +119,7 @@ def test_without_its_clip_a_loss_is_not_timed(tmp_path, monkeypatch, name, polic
     assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_linear_contenders_are_right_and_recorded(tmp_path, dtype):
     code, rows = run_linear(tmp_path, dtype, *LINEAR, "eager", "CCE", "triton linear")
@@ -167,6 +170,7 @@ def run_sparse_head(folder, *names, arguments=()):
     return run(folder, *names, benchmark=sparse_head, arguments=arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_contenders_under_a_sampling_mask_are_right_and_recorded(tmp_path, dtype):
     names = [*SPARSE, "eager masking", "gather and index_add", "triton sparse head"]

@@ -119,6 +119,7 @@ def test_additive_dual():
     assert dual.coef.item() == pytest.approx(2.0 + 0.5 * 0.96)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     path = tmp_path / "results.csv"
     runs = [RUN, replace(RUN, method="ppo-clip", age=1)]
@@ -133,6 +134,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     assert path.read_text() == after
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_is_run_again(tmp_path):
     path = tmp_path / "results.csv"
     study.finish("test", [RUN], path, workers=1)
@@ -211,6 +213,7 @@ def rows_of(success: float, updates: int) -> list[study.Row]:
             for u in range(0, updates + 1, study.RECORD_EVERY)]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_report(tmp_path, monkeypatch, capsys):
     """Differences are those of a seed; every question has a figure; nothing need be finished."""
     runs = {}

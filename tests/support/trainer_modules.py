@@ -6,7 +6,8 @@ import sys
 import types
 
 import pytest
-from support.trainers import ADAPTERS, VERSIONS
+
+from .trainers import ADAPTERS, VERSIONS
 
 
 @pytest.fixture
