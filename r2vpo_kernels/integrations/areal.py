@@ -199,7 +199,7 @@ class R2VPOEngine:
         return optimizer_steps(self.config, advice=ADVICE)
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """An engine of ENGINES, which AReaL's workers import by its name."""
     for ours, module, theirs in ENGINES.values():
         if name == ours:
@@ -302,7 +302,8 @@ def r2vpo_loss_fn(
         _log_version_staleness_stats(
             versions=versions, current_version=current_version, version_metrics_mask=mask
         )
-    return out.loss.sum() / tokens
+    loss: Tensor = out.loss.sum() / tokens
+    return loss
 
 
 def ages(

@@ -17,8 +17,12 @@ import torch
 
 VERSIONS = {"slime": "0.3.1", "nemo-rl": "0.7.0", "prime-rl": "0.8.0", "skyrl": "0.3.0"}
 NAN = float("nan")
-# What `import r2vpo_kernels` must leave alone; the adapters have their names.
-FRAMEWORKS = ("verl", "openrlhf", "slime", "nemo_rl", "prime_rl", "skyrl", "torchtitan", "trl")
+# What `import r2vpo_kernels` must leave alone, by the adapters' names.
+FRAMEWORKS = {
+    "areal": "areal", "ms_swift": "swift", "nemo_rl": "nemo_rl", "openrlhf": "openrlhf",
+    "prime_rl": "prime_rl", "skyrl": "skyrl", "slime": "slime", "torchtitan": "torchtitan",
+    "trl": "trl", "verl": "verl",
+}  # fmt: skip
 ADAPTERS = (*FRAMEWORKS, "hook", "steps")
 
 
