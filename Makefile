@@ -37,10 +37,10 @@ test-others:
 
 # An interpreter takes a hundred times as long for an example as a kernel.
 all-interpreter:
-	@R2VPO_TEST_EXAMPLES=5 $(PART) -m interpreter --ignore tests/linear $(TOLD)
+	@R2VPO_TEST_EXAMPLES=10 $(PART) -m interpreter --ignore tests/linear $(TOLD)
 
 all-interpreter-linear:
-	@R2VPO_TEST_EXAMPLES=5 $(PART) -m interpreter tests/linear $(TOLD)
+	@R2VPO_TEST_EXAMPLES=10 $(PART) -m interpreter tests/linear $(TOLD)
 
 all-others:
 	@$(PART) -m "not interpreter" $(TOLD)

@@ -383,6 +383,7 @@ def exported():
     return {n.removeprefix(prefix): x for n, x in logged.items() if n.startswith(prefix)}
 
 
+@pytest.mark.slow
 def test_in_the_fsdp_engine(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

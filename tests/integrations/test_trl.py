@@ -698,6 +698,8 @@ def test_training_with_dual_and_resuming(tmp_path, monkeypatch, use_linear_loss,
         assert logs[0]["kl"] < F32**2 < logs[1]["kl"]
     # The first step of a generation is on the policy that sampled it, the others are not.
     assert logs[0]["r2vpo/ratio/var"] < F32**2 < logs[1]["r2vpo/ratio/var"]
+    # Of the optimizer step before.
+    assert logs[1]["r2vpo/step/ratio_var"] < F32**2 < logs[2]["r2vpo/step/ratio_var"]
     assert not any(name.startswith(("clip_ratio", "r2vpo/tokens")) for name in logs[0])
 
     def resume():

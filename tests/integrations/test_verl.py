@@ -282,6 +282,7 @@ def test_bad_input():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [{}, {"VERL_USE_EXTERNAL_PLUGINS": "none",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from support.emulator.build import DEFAULTS
 from support.harness import check_case, check_gradient, check_values, truth_of, upstream_of
 from support.sass import cuda_kernels
@@ -191,7 +191,6 @@ def test_what_has_one_look_reads_once(gpu):
 
 
 @CUDA
-@settings(max_examples=20)
 @given(cases())
 def test_any_call_is_within_the_budget(any_gpu, case):
     logits, labels, keywords = case.tensors(torch.device("cpu"))
@@ -357,7 +356,6 @@ def check_with_sets(logits, labels, keywords, sets, upstream=1.0):
 
 
 @CUDA
-@settings(max_examples=30)
 @given(cases(support="none"))
 def test_any_call_with_sets_is_within_the_budget(any_gpu, case):
     device, vocabulary = torch.device("cpu"), case.vocabulary
@@ -769,6 +767,7 @@ def test_the_machine_code_is_as_meant(machine_code, target):
         assert count(r"STAS\.128") == (1 if bulk and sums else 0), name
 
 
+@pytest.mark.slow
 @NVCC
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_machine_code_over_tokens_is_as_meant(machine_code, target):

@@ -542,6 +542,7 @@ except TypeError as error:
 """
 
 
+@pytest.mark.slow
 def test_23_a_torch_without_distributed():
     """As USE_DISTRIBUTED=0 builds it."""
     subprocess.run([sys.executable, "-c", WITHOUT_DISTRIBUTED], check=True)

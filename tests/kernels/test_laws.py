@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.harness import check_case, check_gradient, check_values, truth_of
 from support.strategies import IGNORE, SUPPORTS, cases, sampling_mask_of
@@ -49,7 +49,6 @@ def draw(device, batch=4, length=5, vocabulary=64, dtype=torch.float32, seed=0):
     return tuple(x.to(device) for x in (logits, labels, old_logps, advantages, mask))
 
 
-@settings(max_examples=15)
 @given(cases(dtype=torch.float32), st.sampled_from([-8.0, 0.5, 1024.0]))
 def test_shifting_a_row_of_logits_changes_nothing(backend, device, case, shift):
     """The truth stays, and both results are within the budget of it; kernels keep every bit."""
@@ -245,7 +244,6 @@ def test_groups_by_age_only_say_how_statistics_are_kept(backend, device):
     assert by_age.stats.variance[1] == 0 and by_age.stats.ess[1] == 1
 
 
-@settings(max_examples=25)
 @given(cases())
 def test_repetition_gives_the_same_bits(backend, device, case):
     logits, labels, keywords = case.tensors(device)
@@ -256,7 +254,6 @@ def test_repetition_gives_the_same_bits(backend, device, case):
     assert torch.equal(first.stats.d_sq_sum, again.stats.d_sq_sum)
 
 
-@settings(max_examples=30)
 @given(cases(masking="bool"))
 def test_nothing_at_a_masked_token_matters(backend, device, case):
     """NaN in every input there, labels out of range: the same bits, a gradient of exact zeros."""
@@ -516,7 +513,6 @@ def draw_sampled(device, kind="some empty", dtype=torch.float32, vocabulary=64):
     return logits, labels, old_logps, advantages, mask, sets
 
 
-@settings(max_examples=20)
 @given(cases(support="all words"))
 def test_a_set_of_all_words_is_no_set(backend, device, case):
     """Within the budget of the same truth; the specification keeps every bit."""
@@ -532,7 +528,6 @@ def test_a_set_of_all_words_is_no_set(backend, device, case):
         assert torch.equal(plain.loss, out.loss) and torch.equal(gradient, same)
 
 
-@settings(max_examples=20)
 @given(masked_cases)
 def test_the_order_of_ids_changes_nothing(backend, device, case):
     logits, labels, keywords = case.tensors(device)
@@ -545,7 +540,6 @@ def test_the_order_of_ids_changes_nothing(backend, device, case):
     same_results(*results)
 
 
-@settings(max_examples=30)
 @given(masked_cases, st.booleans())
 def test_what_stands_outside_of_the_sets_is_harmless(backend, device, case, inplace):
     logits, labels, keywords = case.tensors(device)
@@ -565,7 +559,6 @@ def test_what_stands_outside_of_the_sets_is_harmless(backend, device, case, inpl
     assert not results[1][1][~inside].any()
 
 
-@settings(max_examples=20)
 @given(st.sampled_from(MASKED).flatmap(lambda kind: cases(support=kind, masking="bool")))
 def test_the_sets_of_masked_tokens_are_harmless(backend, device, case):
     logits, labels, keywords = case.tensors(device)

@@ -333,6 +333,7 @@ def test_a_mask_in_a_closure(device, backend):
             compiled(logits)
 
 
+@pytest.mark.slow
 def test_in_place_on_a_slice_under_a_compiler_that_may_mutate(device):
     """The permission goes unused there: functionalised mutation of views is not to be relied on."""
     logits, labels, old_logps, advantages = tensors(device)

@@ -136,6 +136,7 @@ def test_linear_contenders_are_right_and_recorded(tmp_path, dtype):
     assert (tmp_path / "linear.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_float32_logits_of_halves_are_as_exact_as_their_sums(tmp_path):
     names = ["cpp linear, float32 logits", "cpp linear log-probs, float32 logits"]
     code, rows = run_linear(tmp_path / "halves", "bfloat16", *names)
@@ -215,6 +216,7 @@ def test_a_contender_under_a_sampling_mask_that_is_wrong_is_not_timed(tmp_path, 
     assert rows[right.name]["status"].startswith("wrong: ") and not rows[right.name]["both_ms"]
 
 
+@pytest.mark.slow
 def test_both_routes_are_taken_whatever_the_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(registry.load("cpp"), "head_logits", None)
     for size in "4", "400":
@@ -340,6 +342,7 @@ def test_parts_add_up_where_sources_and_device_are_the_same(tmp_path, monkeypatc
     assert parts_after("c", "B") == {"build", "c"}
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_gpu_run_checks_its_imports(device):
     if device.type == "cuda":
         pytest.skip("there is one")

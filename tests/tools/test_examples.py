@@ -77,6 +77,7 @@ def test_nucleus(demo):
     assert demo.nucleus(p, 1.0).all()
 
 
+@pytest.mark.slow
 def test_dpo_penalty():
     """The penalty holds the ratio's second moment down."""
     command = [sys.executable, "examples/dpo_penalty.py", "--steps", "8", "--pairs", "100"]
@@ -89,6 +90,7 @@ def test_dpo_penalty():
     assert 0 < held < free
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="TRL is installed for 3.11 alone")
 def test_train_trl():
     run = subprocess.run(

@@ -252,6 +252,9 @@ class R2VPOTrainer(GRPOTrainer):
         self, out: R2VPOOutput, mask: Tensor, variance_coef: float | Tensor, steps: int
     ) -> None:
         self._log_value("r2vpo/variance_coef", float(variance_coef))
+        by_step = self._optimizer_steps.metrics() if self.model.training else {}
+        for name in by_step.keys() - {"variance_coef"}:
+            self._log_value(f"r2vpo/{name}", by_step[name].item())
         metrics = gather_metrics(self.accelerator, out, mask)
         if "clip/low" in metrics:
             metrics["clip/region"] = metrics["clip/low"] + metrics["clip/high"]
