@@ -236,7 +236,7 @@ def r2vpo_loss_fn(
     if config.m2_threshold is not None:
         mask = _apply_m2po_masking(rollout_logps, old_logps, mask, config.m2_threshold)
     # As AReaL has it: what is rejected stays in the denominator.
-    tokens = mask.count_nonzero().clamp(min=1)
+    tokens, valid = mask.count_nonzero().clamp(min=1), mask
     cu_seqlens = input_data.get("cu_seqlens")
     keywords: LossKeywords = settings(config)
     rejected = None
@@ -262,7 +262,7 @@ def r2vpo_loss_fn(
     )
 
     stats_tracker.denominator(
-        n_tokens=infer_token_denominator(input_data, mask), n_valid_tokens=mask
+        n_tokens=infer_token_denominator(input_data, valid), n_valid_tokens=valid
     )
     stats_tracker.stat(
         actor_loss=out.loss.detach().float(),

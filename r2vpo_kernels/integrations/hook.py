@@ -144,9 +144,7 @@ def optimizer_steps(
 
 
 def _constraint(config: object, prefix: str) -> VarianceConstraint | None:
-    options = {n: getattr(config, prefix + n, getattr(Settings, n)) for n in _DUAL}
-    if options["variance_target"] is None:
-        return None
+    options = {n: getattr(config, prefix + n, getattr(Settings, n)) for n in _NOT_OF_THE_LOSS}
     coef = getattr(config, prefix + "variance_coef", None)
     return variance_constraint(**options, variance_coef=coef, prefix=prefix)
 

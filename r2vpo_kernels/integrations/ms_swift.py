@@ -99,8 +99,6 @@ class R2VPOSettings:
 
     def constraint(self, device: torch.device | None = None) -> VarianceConstraint | None:
         self.coef()
-        if self.variance_target is None:
-            return None
         return variance_constraint(
             variance_target=self.variance_target,
             variance_coef=self.variance_coef,

@@ -8,7 +8,8 @@ The last line is optional: with it a bad option is refused before the first roll
 replaces slime's policy loss, whose options keep their meaning: --entropy-coef, --use-kl-loss and
 its kin, --use-rollout-logprobs, --use-tis and --get-mismatch-metrics with slime's correction or
 --custom-tis-function-path, --custom-pg-loss-reducer-function-path. Weights of a correction multiply
-the advantage, not the penalty; tokens that it masks or gives weight 0 carry no penalty. The clip
+the advantage, not the penalty; tokens that it masks or gives weight 0 carry no penalty. With
+--use-rollout-logprobs, whose ratio corrects already, it gives metrics alone. The clip
 ranges are not read: see r2vpo_policy_loss and r2vpo_clip_range. --use-opsm and the estimators
 "gspo" and "cispo" are refused (r2vpo_ratio_level: sequence is gspo's ratio, r2vpo_policy_loss:
 cispo the other's loss), under context parallelism r2vpo_ratio_level: sequence too. The trainer
@@ -139,6 +140,9 @@ def r2vpo_loss_function(
     mismatch: dict[str, Tensor] = {}
     if args.use_tis or args.get_mismatch_metrics:
         weights, masks, mismatch = correction(args, batch, packed)
+        if args.use_rollout_logprobs:
+            # The ratio corrects already; the metrics alone are wanted.
+            weights, masks = torch.ones_like(weights), batch["loss_masks"]
         mismatch["ois"] = (fixed - old).exp()
         kept = local(masks, batch)
         trained = kept * (weights != 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .. import RatioStats, VarianceConstraint
-from ..checks import Center, check_number, check_positive
+from ..checks import Center, check_number, check_positive, invalid
 
 # So many steps with every ratio at one are no coincidence: a learning rate that warms up from 0
 # explains the first, and the first mini-batch of a rollout another.
@@ -33,16 +33,31 @@ def all_ranks() -> None:
 
 def variance_constraint(
     *,
-    variance_target: float,
+    variance_target: float | None,
     variance_coef: float | None,
-    variance_coef_lr: float,
-    variance_coef_min: float,
-    variance_coef_max: float,
+    variance_coef_lr: float = 0.1,
+    variance_coef_min: float = 1e-3,
+    variance_coef_max: float = 100.0,
+    variance_coef_file: str | None = None,
     center: Center = "one",
     device: torch.device | None = None,
     prefix: str = "",
-) -> VarianceConstraint:
-    """The dual by the names that a trainer's options have; errors name them, after `prefix`."""
+) -> VarianceConstraint | None:
+    """The dual by the names that a trainer's options have; errors name them, after `prefix`.
+
+    None without a target, where no other option of the dual may be set.
+    """
+    if variance_target is None:
+        for name, value, default in (
+            ("variance_coef_lr", variance_coef_lr, 0.1),
+            ("variance_coef_min", variance_coef_min, 1e-3),
+            ("variance_coef_max", variance_coef_max, 100.0),
+            ("variance_coef_file", variance_coef_file, None),
+        ):
+            if value != default:
+                expected = f"{default!r}: without variance_target nothing reads it"
+                raise invalid(prefix + name, repr(value), expected)
+        return None
     target = check_positive(prefix + "variance_target", variance_target)
     lr = check_number(prefix + "variance_coef_lr", variance_coef_lr, 0.0)
     low = check_positive(prefix + "variance_coef_min", variance_coef_min)
@@ -143,7 +158,10 @@ class OptimizerSteps:
         if dist.is_initialized() and self._group is not None:
             group = self._group()
             stats, rank = stats.all_reduce(group), dist.get_rank(group)
-        self.last = stats
+        if skipped is None or self.last is None or self.last.weight.shape != stats.weight.shape:
+            self.last = stats
+        else:
+            self.last = _where(skipped.reshape(()) == 0, stats, self.last)
         if self.constraint is not None:
             self.constraint.step(stats)
             if self.file is not None and rank == 0:
@@ -193,10 +211,14 @@ class OptimizerSteps:
             warnings.warn(f"{file} does not exist: λ starts anew at {start:g}", stacklevel=2)
 
 
-def _where(condition: Tensor, stats: RatioStats) -> RatioStats:
-    """The statistics, or those of no token."""
-    fields = (stats.weight, stats.d_sum, stats.d_sq_sum)
-    return RatioStats(*(torch.where(condition, x, 0.0) for x in fields))
+def _where(condition: Tensor, stats: RatioStats, other: RatioStats | None = None) -> RatioStats:
+    """The statistics, else the other's, or those of no token."""
+    other = _of_no_token(stats) if other is None else other
+    return RatioStats(
+        torch.where(condition, stats.weight, other.weight),
+        torch.where(condition, stats.d_sum, other.d_sum),
+        torch.where(condition, stats.d_sq_sum, other.d_sq_sum),
+    )
 
 
 def _of_no_token(stats: RatioStats) -> RatioStats:

@@ -28,7 +28,9 @@ sees how old the data are,
         algorithm.rollout_correction.bypass_mode=True \\
         '+actor_rollout_ref.actor.policy_loss.rollout_correction=${algorithm.rollout_correction}'
 
-whose second line lets rollout_rs be refused, which has no effect then.
+whose second line lets rollout_rs be refused, which has no effect then; nor has rollout_is, whose
+weights are the ratio itself. Without bypass_mode its weights multiply the advantage, and tokens of
+weight 0 keep their penalty.
 
 loss_agg_mode and the global denominators are verl's, by its `agg_loss`; verl adds KL and entropy
 outside. It averages a policy loss's metrics over micro-batches, ratio/min and ratio/max included;

@@ -240,6 +240,30 @@ def test_the_anchor_of_slime_is_that_of_the_engine(slime):
     )
 
 
+def drop_by_mask(args, *, pg_loss, train_log_probs, rollout_log_probs, loss_masks, **kwargs):
+    """Rejection: masks of whole responses."""
+    ratio = [(a - b).exp() for a, b in zip(train_log_probs, rollout_log_probs, strict=True)]
+    masks = [m * (x < 1.2) for m, x in zip(loss_masks, ratio, strict=True)]
+    return pg_loss * torch.cat(ratio), masks, {"mis_ratio": torch.cat(ratio)}
+
+
+def drop_by_weight(args, *, pg_loss, train_log_probs, rollout_log_probs, loss_masks, **kwargs):
+    """As slime's icepop_function."""
+    ratio = (torch.cat(train_log_probs) - torch.cat(rollout_log_probs)).exp()
+    return pg_loss * torch.where(ratio < 1.2, ratio, 0.0), loss_masks, {"mis_ratio": ratio}
+
+
+@pytest.mark.parametrize("correct", [None, drop_by_mask, drop_by_weight])
+def test_with_the_engines_anchor_a_correction_gives_metrics_alone(slime, monkeypatch, correct):
+    """The ratio corrects already."""
+    monkeypatch.setitem(FUNCTIONS, "a.path", correct)
+    case = Case(custom_tis_function_path=correct and "a.path", use_rollout_logprobs=True)
+    case.args.get_mismatch_metrics = True
+    loss, logged = case(slime())
+    case.assert_same(loss, case.mean(case.terms(old="rollout_log_probs")))
+    assert {"ois", "tis" if correct is None else "mis_ratio"} <= set(logged)
+
+
 def test_slime_clips(slime):
     """Without a penalty, unless one is set."""
     options = {f"r2vpo_{name}": value for name, value in CLIP.items()}
@@ -252,19 +276,6 @@ def test_slime_clips(slime):
     clipped = (above & (ratio > 1.2)) | (~above & (ratio < 0.9)) & (ratio == ratio)
     assert clipped.any()
     torch.testing.assert_close(logged["pg_clipfrac"], clipped.sum().double())
-
-
-def drop_by_mask(args, *, pg_loss, train_log_probs, rollout_log_probs, loss_masks, **kwargs):
-    """Rejection: masks of whole responses."""
-    ratio = [(a - b).exp() for a, b in zip(train_log_probs, rollout_log_probs, strict=True)]
-    masks = [m * (x < 1.2) for m, x in zip(loss_masks, ratio, strict=True)]
-    return pg_loss * torch.cat(ratio), masks, {"mis_ratio": torch.cat(ratio)}
-
-
-def drop_by_weight(args, *, pg_loss, train_log_probs, rollout_log_probs, loss_masks, **kwargs):
-    """As slime's icepop_function."""
-    ratio = (torch.cat(train_log_probs) - torch.cat(rollout_log_probs)).exp()
-    return pg_loss * torch.where(ratio < 1.2, ratio, 0.0), loss_masks, {"mis_ratio": ratio}
 
 
 @pytest.mark.parametrize("option", ["use_tis", "get_mismatch_metrics"])

@@ -104,8 +104,14 @@ def test_a_step_that_the_scaler_skips_waits_for_the_next(fused):
         scaler.step(policy)
         scaler.update()
 
+    steps.follow(stats_of(0.6))
+    step(1.0)
+    parameter.data.zero_()
+    steps.constraint.coef.fill_(0.5)
+    logged = steps.metrics()
     steps.follow(stats_of(0.1))
     step(math.inf)
+    torch.testing.assert_close(steps.metrics(), logged, rtol=0, atol=0)
     assert (parameter == 0).all() and coef_of(steps) == 0.5
     steps.follow(stats_of(0.3))
     step(1.0)
@@ -226,6 +232,14 @@ def test_the_duals_options_are_named():
         "variance_coef_min": 1e-3, "variance_coef_max": 100.0,
     }  # fmt: skip
     assert variance_constraint(**good).coef == 0.5
+    without = good | {"variance_target": None}
+    assert variance_constraint(**without) is None
+    for name, value in (
+        ("variance_coef_lr", 0.2), ("variance_coef_min", 0.0), ("variance_coef_max", 9.0),
+        ("variance_coef_file", "lambda.json"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: got .*: without variance_target nothing"):
+            variance_constraint(**without | {name: value})
     for change, message in (
         ({"variance_target": 0.0}, "variance_target: got 0.0, expected a number above 0"),
         ({"variance_target": "0.1"}, "variance_target: got str, expected a number"),

@@ -368,7 +368,11 @@ def test_anchor(tmp_path, use_linear_loss):
     generator = torch.Generator().manual_seed(7)
     recorded = torch.randn(8, T, generator=generator, dtype=torch.float64) - 3
     handed = inputs | {"sampling_per_token_logps": recorded}
-    rollout, old = (new_trainer(tmp_path, anchor=x, **options) for x in ("rollout", "old"))
+    with pytest.raises(ValueError, match="anchor: got 'rollout', expected 'old': without use_vllm"):
+        new_trainer(tmp_path, anchor="rollout", **options)
+    extra = {"rollout_func": lambda prompts, trainer: {}}
+    rollout = new_trainer(tmp_path, anchor="rollout", extra=extra, **options)
+    old = new_trainer(tmp_path, **options)
     expected = run(old, inputs | {"old_per_token_logps": recorded})
     assert_same(run(rollout, handed), expected)
     assert (expected[0] - run(old, handed)[0]).abs() > 0.01

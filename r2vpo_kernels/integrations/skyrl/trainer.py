@@ -149,8 +149,9 @@ class R2VPOSteps(_Trainer):
         if path is not None and constraint is not None:
             with io.open_file(os.path.join(path, "trainer_state.pt"), "rb") as file:
                 state = torch.load(file, map_location="cpu", weights_only=False)
-            saved = state["config"]["trainer"]["algorithm"].get("variance_coef")
-            if saved is not None:
+            algorithm = state["config"]["trainer"]["algorithm"]
+            saved = algorithm.get("variance_coef")
+            if algorithm.get("variance_target") is not None:
                 constraint.load_state_dict({"coef": torch.tensor(saved)})
                 self.algorithm.variance_coef = saved
         return loaded

@@ -134,6 +134,9 @@ class R2VPOTrainer(GRPOTrainer):
         args = R2VPOConfig() if args is None else args
         if not isinstance(args, R2VPOConfig):
             raise TypeError(f"args: got {type(args).__name__}, expected an R2VPOConfig")
+        if args.anchor == "rollout" and not args.use_vllm and rollout_func is None:
+            expected = "'old': without use_vllm or a rollout_func there are no others"
+            raise invalid("anchor", "'rollout'", expected)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
