@@ -68,7 +68,7 @@ class Term(NamedTuple):
     """A term of Eq. 5 and its derivatives: in the log-ratio δ, and in logp besides.
 
     A sequence's tokens may share the log-ratio. A derivative that a kind of term does not have is
-    None, and costs nothing.
+    0: until Triton 3.7 a function could not return None.
     """
 
     value: Any
@@ -114,9 +114,9 @@ def policy_term(advantage, logp, r, clip_low, clip_high, dual_clip, POLICY: tl.c
     value = -advantage * factor
     if POLICY == 2:
         # The factor is a constant.
-        term = Policy(value * logp, None, value, low, high)
+        term = Policy(value * logp, 0.0, value, low, high)
     else:
-        term = Policy(value, tl.where(r.clamped | low | high, 0.0, value), None, low, high)
+        term = Policy(value, tl.where(r.clamped | low | high, 0.0, value), 0.0, low, high)
     return term
 
 
@@ -125,7 +125,7 @@ def penalty_term(variance_coef, center, r):
     """Eq. 5, λ·(ρ - c)², for a centre of 1 + center."""
     gap = r.d - center
     slope = 2.0 * variance_coef * gap * r.ratio
-    return Term(variance_coef * (gap * gap), tl.where(r.clamped, 0.0, slope), None)
+    return Term(variance_coef * (gap * gap), tl.where(r.clamped, 0.0, slope), 0.0)
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def center_slope(r, kappa):
 def kl_term(logp, ref_logp, clamp, r, KL: tl.constexpr, UNBIASED: tl.constexpr):
     """Eq. 6: an estimate of KL(new ‖ ref), times m of Eq. 5."""
     if KL == 0:
-        term = Term(0.0, None, None)
+        term = Term(0.0, 0.0, 0.0)
     else:
         raw = difference(ref_logp, logp)
         gap = clamped(raw, clamp)
@@ -157,7 +157,7 @@ def kl_term(logp, ref_logp, clamp, r, KL: tl.constexpr, UNBIASED: tl.constexpr):
             value = r.ratio * value
             term = Term(value, tl.where(r.clamped, 0.0, value), r.ratio * slope)
         else:
-            term = Term(value, None, slope)
+            term = Term(value, 0.0, slope)
     return term
 
 
@@ -170,22 +170,13 @@ def loss_value(weight, policy, penalty, kl_coef, kl, entropy_coef, entropy):
 @triton.jit
 def ratio_slope(policy, penalty, kl_coef, kl, weight):
     """Eq. 7, in the log-ratio; `weight` is w times what reaches the token's loss."""
-    slope = penalty.ratio_slope
-    if policy.ratio_slope is not None:
-        slope = policy.ratio_slope + slope
-    if kl.ratio_slope is not None:
-        slope += kl_coef * kl.ratio_slope
-    return weight * slope
+    return weight * (policy.ratio_slope + penalty.ratio_slope + kl_coef * kl.ratio_slope)
 
 
 @triton.jit
 def logp_slope(policy, kl_coef, kl, weight):
-    """Eq. 7, in logp besides; None where no term has it."""
-    slope = policy.logp_slope
-    if kl.logp_slope is not None:
-        kl_slope = kl_coef * kl.logp_slope
-        slope = kl_slope if slope is None else slope + kl_slope
-    return None if slope is None else weight * slope
+    """Eq. 7, in logp besides."""
+    return weight * (policy.logp_slope + kl_coef * kl.logp_slope)
 
 
 @triton.jit

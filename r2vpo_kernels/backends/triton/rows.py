@@ -211,8 +211,7 @@ def _dlogp(
     kl = kl_term(logp, ref_logp, clamp, r, KL, UNBIASED)
     kl_coef = tl.load(workspace + KL_COEF)
     slope = ratio_slope(policy, penalty, kl_coef, kl, weight)
-    own = logp_slope(policy, kl_coef, kl, weight)
-    return slope if own is None else slope + own
+    return slope + logp_slope(policy, kl_coef, kl, weight)
 
 
 # A row that has a support: the logits of its words go into `values`, from the first of its ids on,
