@@ -60,8 +60,10 @@ class Settings:
 
 
 # The settings of the dual, with the defaults of `Settings`; the others are keywords of the loss.
-_DUAL = ("variance_target", "variance_coef_lr", "variance_coef_min", "variance_coef_max")
-_NOT_OF_THE_LOSS = (*_DUAL, "variance_coef_file")
+_DUAL = (
+    "variance_target", "variance_coef_lr", "variance_coef_min", "variance_coef_max",
+    "variance_coef_file",
+)  # fmt: skip
 
 
 class LossOptions(TypedDict, total=False):
@@ -93,7 +95,7 @@ class LossKeywords(LossOptions, total=False):
 
 def settings(config: object, prefix: str = "") -> LossKeywords:
     """The keywords of the loss among `config`'s attributes, each named `prefix` + its own name."""
-    names = [f.name for f in fields(Settings) if f.name not in _NOT_OF_THE_LOSS]
+    names = [f.name for f in fields(Settings) if f.name not in _DUAL]
     found = {
         name: getattr(config, prefix + name) for name in names if hasattr(config, prefix + name)
     }
@@ -108,7 +110,7 @@ def check_settings(config: object, prefix: str = "") -> None:
         r2vpo_loss_from_logps(token, token, token, **settings(config, prefix))
     except (TypeError, ValueError) as error:
         raise type(error)(prefix + str(error)) from None
-    _constraint(config, prefix)
+    constraint_of(config, prefix)
 
 
 _steps: dict[tuple[Any, ...], OptimizerSteps] = {}
@@ -128,7 +130,7 @@ def optimizer_steps(
     as in `OptimizerSteps`.
     """
     coef = getattr(config, prefix + "variance_coef", None)
-    options = tuple(getattr(config, prefix + n, getattr(Settings, n)) for n in _NOT_OF_THE_LOSS)
+    options = tuple(getattr(config, prefix + n, getattr(Settings, n)) for n in _DUAL)
     target, *_, path = options
     if coef is None:
         coef = default_variance_coef(getattr(config, prefix + "policy_loss", "ratio"))
@@ -138,15 +140,20 @@ def optimizer_steps(
     if key not in _steps:
         file = None if path is None else Path(path)
         _steps[key] = OptimizerSteps(
-            _constraint(config, prefix), advice=advice, group=group, file=file
+            constraint_of(config, prefix), advice=advice, group=group, file=file
         )
     return _steps[key]
 
 
-def _constraint(config: object, prefix: str) -> VarianceConstraint | None:
-    options = {n: getattr(config, prefix + n, getattr(Settings, n)) for n in _NOT_OF_THE_LOSS}
+def constraint_of(
+    config: object, prefix: str = "", *, center: Center = "one", device: torch.device | None = None
+) -> VarianceConstraint | None:
+    """The dual that `config`'s attributes ask for; None without a variance_target."""
+    options = {n: getattr(config, prefix + n, getattr(Settings, n)) for n in _DUAL}
     coef = getattr(config, prefix + "variance_coef", None)
-    return variance_constraint(**options, variance_coef=coef, prefix=prefix)
+    return variance_constraint(
+        **options, variance_coef=coef, center=center, device=device, prefix=prefix
+    )
 
 
 def megatron_group() -> dist.ProcessGroup | None:

@@ -41,8 +41,8 @@ from ..dual import VarianceConstraint
 from ..loss import r2vpo_loss_from_logps
 from ..objective import default_variance_coef
 from . import Trainer
-from .hook import ANCHORS, Anchor, refuse, required
-from .steps import OptimizerSteps, variance_constraint
+from .hook import ANCHORS, Anchor, constraint_of, refuse, required
+from .steps import OptimizerSteps
 
 if TYPE_CHECKING:
     from swift.rl_core.data import GRPOBatch
@@ -99,14 +99,7 @@ class R2VPOSettings:
 
     def constraint(self, device: torch.device | None = None) -> VarianceConstraint | None:
         self.coef()
-        return variance_constraint(
-            variance_target=self.variance_target,
-            variance_coef=self.variance_coef,
-            variance_coef_lr=self.variance_coef_lr,
-            variance_coef_min=self.variance_coef_min,
-            variance_coef_max=self.variance_coef_max,
-            device=device,
-        )
+        return constraint_of(self, device=device)
 
     def check(self, args: Any) -> None:
         """Raise for options of ms-swift, a GRPOConfig, that do not go with these."""

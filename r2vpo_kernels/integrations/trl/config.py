@@ -21,8 +21,7 @@ from ...checks import (
     invalid,
 )
 from ...objective import default_variance_coef
-from ..hook import ANCHORS, Anchor
-from ..steps import variance_constraint
+from ..hook import ANCHORS, Anchor, constraint_of
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 VarianceCoefMode = Literal["fixed", "dual", "fenchel"]
@@ -201,16 +200,7 @@ class R2VPOConfig(GRPOConfig):
         """The dual of variance_coef_mode "dual", None in the other modes."""
         if self.variance_coef_mode != "dual":
             return None
-        assert self.variance_target is not None
-        return variance_constraint(
-            variance_target=self.variance_target,
-            variance_coef=self.variance_coef,
-            variance_coef_lr=self.variance_coef_lr,
-            variance_coef_min=self.variance_coef_min,
-            variance_coef_max=self.variance_coef_max,
-            center=self.center,
-            device=device,
-        )
+        return constraint_of(self, center=self.center, device=device)
 
     @property
     def clip_range(self) -> tuple[float, float] | None:
