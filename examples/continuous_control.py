@@ -1,0 +1,313 @@
+"""Continuous control: PPO with its clip, and with the ratio's variance held instead.
+
+    python examples/continuous_control.py          # a short form, under 10 minutes on two cores
+    python examples/continuous_control.py --full   # all of it, with its sweep
+    python examples/control_report.py              # tables and figures of what has been run so far
+
+PPO as its well-known single-file implementations have it (observations and rewards normalised,
+orthogonal initialisation, GAE, ten epochs of minibatches over each batch of rollouts, advantages
+normalised per minibatch, a clipped value loss, a learning rate that falls to 0). Only the policy's
+loss varies, and it is one call: `Method.loss` below. A step's log-prob is that of the whole action,
+and is to the package what a token's is: the ratio, its clip and its variance are taken per step.
+
+How strictly a method holds the ratio is one number, ε: PPO clips ρ to 1 ± ε, a fixed λ is 1/(2ε),
+and the dual and Fenchel's closed form hold E[(ρ - c)²] at ε². The centre c is one, or the mean of
+a group: the steps of one environment in one batch of rollouts. Learning rate and ε of each method
+are chosen by the same sweep, over tasks together, on seeds of its own, which the full form runs
+first and the short form reads from examples/control/.
+
+Reuse: with reuse r an update trains on the last r batches of rollouts, in minibatches r times as
+large, so that data is up to r - 1 updates old and the number of optimizer steps is the same.
+Advantages are recomputed with the value function of the update's start. "behaviour" takes the ratio
+to the policy that sampled; "weighted" takes it to the policy of the update's start, and weights each
+step's advantage by the ratio between the two, cut at MAX_WEIGHT (decoupled PPO, arXiv:2110.00641).
+
+Each finished run is appended to a CSV in --out at once, and a run that stands there is not run
+again: stop and start as you like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from control_tasks import EPISODE, TASKS, make_environments
+from study_runs import Objective, Row, RunFiles, Runs, having, pooled
+from torch import Tensor, nn
+
+from r2vpo_kernels import R2VPOOutput, r2vpo_loss_from_logps
+
+ENVIRONMENTS, HORIZON = 8, 256
+BATCH = ENVIRONMENTS * HORIZON
+EPOCHS, MINIBATCHES = 10, 8
+GAMMA, GAE_LAMBDA = 0.99, 0.95
+VALUE_CLIP, VALUE_COEF, MAX_GRAD_NORM = 0.2, 0.5, 0.5
+MAX_WEIGHT = 5.0
+DUAL_LR = 0.1
+PPO_CLIP = 0.2  # what the share of clipped steps is measured by, for all methods
+RECORDS = 20
+
+# With advantages normalised per minibatch, their root mean square is 1, and Fenchel's λ about one
+# is a fixed λ = 1/(2ε). It is another method only where weights multiply the advantages.
+METHODS = (
+    "ppo-clip", "none", "fixed-one", "fixed-group", "dual-one", "dual-group", "fenchel-group",
+)  # fmt: skip
+REUSE_METHODS = ("ppo-clip", "fixed-one", "dual-one", "fenchel-one")
+REUSES, CORRECTIONS = (1, 2, 4, 6), ("behaviour", "weighted")
+REUSE_TASKS = SWEEP_TASKS = ("cheetah-run", "ball_in_cup-catch", "cheetah-run-changing")
+SEEDS, REUSE_SEEDS, SWEEP_SEEDS = range(5), range(3), range(100, 102)
+UPDATES = 1_000_000 // BATCH
+SHORT_UPDATES = SWEEP_UPDATES = UPDATES // 2
+RATES, EPSILONS = (3e-4, 1e-3), (0.2, 0.5, 1.0)
+SWEEP = Path(__file__).parent / "control" / "sweep.csv"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: all that its outcome depends on, but for the code."""
+
+    task: str
+    method: str
+    reuse: int
+    correction: str  # of CORRECTIONS
+    seed: int
+    lr: float
+    epsilon: float
+    updates: int = UPDATES
+
+
+AGES = [f"moment_age{age}" for age in range(max(REUSES))]
+MEASURED = [
+    "update", "return", "ratio_var", "coef", "cut", "weight_ess", "std", "explained", *AGES,
+]  # fmt: skip
+FILES = RunFiles(Run, MEASURED)
+
+
+class Agent(nn.Module):
+    """A Gaussian policy whose standard deviation does not depend on the state; and a value."""
+
+    def __init__(self, observation: int, action: int) -> None:
+        super().__init__()
+        self.mean = self._network(observation, action, gain=0.01)
+        self.value = self._network(observation, 1, gain=1.0)
+        self.log_std = nn.Parameter(torch.zeros(action))
+
+    @staticmethod
+    def _network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+        layers = [nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
+        for layer, scale in zip(layers, (math.sqrt(2), math.sqrt(2), gain), strict=True):
+            nn.init.orthogonal_(layer.weight, scale)
+            nn.init.zeros_(layer.bias)
+        return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+    def logps(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Log-probs of whole actions, nats: the sum over the actuators."""
+        z = (actions - self.mean(observations)) * (-self.log_std).exp()
+        return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def values(self, observations: Tensor) -> Tensor:
+        return self.value(observations).squeeze(-1)
+
+
+@dataclass
+class Rollouts:
+    """A batch of T steps in each of N environments; observations have the one after the last."""
+
+    observations: Tensor  # (T + 1, N, size)
+    actions: Tensor  # (T, N, actuators)
+    logps: Tensor  # (T, N), of the policy that sampled
+    rewards: Tensor  # (T, N)
+    terminated: Tensor  # (T, N)
+    ended: Tensor  # (T, N), by termination or by the time limit
+    valid: Tensor  # (T, N), False where the environment was being reset
+
+
+class Sampler:
+    """Rollouts in the run's environments, and the returns of the episodes that ended in them."""
+
+    def __init__(self, run: Run) -> None:
+        self.environments = make_environments(run.task, ENVIRONMENTS, run.seed, GAMMA)
+        self.generator = torch.Generator().manual_seed(run.seed)
+        self.observations, _ = self.environments.reset()
+        self.was_ended = np.zeros(ENVIRONMENTS, dtype=bool)
+        self.returns: list[float] = []
+
+    def set_gains(self, gains: tuple[float, ...]) -> None:
+        self.environments.unwrapped.gains[:] = gains
+
+    @torch.no_grad()
+    def rollouts(self, agent: Agent) -> Rollouts:
+        std = agent.log_std.exp()
+        steps = []
+        for _ in range(HORIZON):
+            mean = agent.mean(torch.from_numpy(self.observations))
+            actions = mean + std * torch.randn(mean.shape, generator=self.generator)
+            observations, rewards, terminated, truncated, info = self.environments.step(
+                actions.numpy()
+            )
+            ended = terminated | truncated
+            if ended.any():
+                self.returns += info["episode"]["r"][ended].tolist()
+            steps.append(
+                (self.observations, actions, rewards, terminated, ended, ~self.was_ended)
+            )
+            self.observations, self.was_ended = observations, ended
+        before, actions, *rest = (np.stack(x) for x in zip(*steps, strict=True))
+        observations = torch.from_numpy(np.concatenate([before, self.observations[None]]))
+        actions = torch.from_numpy(actions)
+        logps = agent.logps(observations[:-1], actions)
+        rewards, terminated, ended, valid = (torch.from_numpy(x) for x in rest)
+        return Rollouts(
+            observations, actions, logps, rewards.float(), terminated, ended, valid
+        )
+
+
+def advantages_of(rollouts: Rollouts, values: Tensor) -> Tensor:
+    """GAE, (T, N), with the values (T + 1, N) of all observations.
+
+    An episode that the time limit cut short is worth what the value function says of its last
+    observation, which is the next row's, as the reset comes after it; only termination is worth 0.
+    """
+    next_values = torch.where(rollouts.terminated, 0.0, values[1:])
+    deltas = rollouts.rewards + GAMMA * next_values - values[:-1]
+    carried = GAMMA * GAE_LAMBDA * (~rollouts.ended).float()
+    advantages = torch.empty_like(deltas)
+    later = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        later = deltas[t] + carried[t] * later
+        advantages[t] = later
+    return advantages
+
+
+@dataclass
+class Batch:
+    """The valid steps that an update trains on, all (steps, ...)."""
+
+    observations: Tensor
+    actions: Tensor
+    old_logps: Tensor
+    importance_weights: Tensor
+    advantages: Tensor
+    values: Tensor  # at the update's start
+    group_ids: Tensor  # age * ENVIRONMENTS + environment
+
+    def part(self, chosen: Tensor) -> Batch:
+        return Batch(*(x[chosen] for x in vars(self).values()))
+
+
+@torch.no_grad()
+def batch_of(kept: Iterable[Rollouts], agent: Agent, weighted: bool) -> Batch:
+    """Of the kept rollouts, the latest first, as the agent now values them."""
+    parts = []
+    for age, rollouts in enumerate(kept):
+        observations, valid = rollouts.observations[:-1], rollouts.valid
+        values = agent.values(rollouts.observations)
+        old_logps, weights = rollouts.logps, torch.ones_like(rollouts.logps)
+        if weighted:
+            old_logps = agent.logps(observations, rollouts.actions)
+            weights = (old_logps - rollouts.logps).exp().clamp(max=MAX_WEIGHT)
+        groups = (age * ENVIRONMENTS + torch.arange(ENVIRONMENTS)).expand_as(valid)
+        advantages = advantages_of(rollouts, values)
+        of_steps = (
+            observations, rollouts.actions, old_logps, weights, advantages, values[:-1], groups,
+        )  # fmt: skip
+        parts.append([x[valid] for x in of_steps])
+    return Batch(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+class Method(Objective):
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.method, run.epsilon, DUAL_LR)
+
+    def loss(self, logps: Tensor, batch: Batch, num_groups: int) -> R2VPOOutput:
+        x = batch.advantages
+        advantages = (x - x.mean()) / (x.std(correction=0) + 1e-8)
+        out = r2vpo_loss_from_logps(
+            logps,
+            batch.old_logps,
+            advantages,
+            importance_weights=batch.importance_weights,
+            group_ids=batch.group_ids,
+            num_groups=num_groups,
+            **self.keywords(advantages * batch.importance_weights, batch.group_ids, num_groups),
+        )
+        self.step(out.stats)
+        return out
+
+
+def value_loss(values: Tensor, batch: Batch) -> Tensor:
+    targets = batch.advantages + batch.values
+    clipped = batch.values + (values - batch.values).clamp(-VALUE_CLIP, VALUE_CLIP)
+    return 0.5 * torch.maximum((values - targets) ** 2, (clipped - targets) ** 2).mean()
+
+
+def would_clip(out: R2VPOOutput, batch: Batch) -> Tensor:
+    """Whose gradient PPO's usual clip would cut."""
+    change = (out.logps - batch.old_logps).exp() - 1
+    centred = batch.advantages - batch.advantages.mean()
+    return centred.sign() * change > PPO_CLIP
+
+
+def train(run: Run) -> list[Row]:
+    """RECORDS rows, each of means over its part of the run."""
+    torch.manual_seed(run.seed)
+    sampler, method = Sampler(run), Method(run)
+    spaces = sampler.environments
+    agent = Agent(
+        spaces.single_observation_space.shape[0], spaces.single_action_space.shape[0]
+    )
+    optimizer = torch.optim.Adam(agent.parameters(), lr=run.lr, eps=1e-5, fused=True)
+    gains = TASKS[run.task].gains
+    kept: deque[Rollouts] = deque(maxlen=run.reuse)
+    rows: list[Row] = []
+    measured: dict[str, list[Tensor]] = defaultdict(list)
+    for update in range(run.updates):
+        optimizer.param_groups[0]["lr"] = run.lr * (1 - update / run.updates)
+        if gains:
+            sampler.set_gains(gains[len(gains) * update // run.updates])
+        kept.appendleft(sampler.rollouts(agent))
+        batch = batch_of(kept, agent, run.correction == "weighted")
+        num_groups = len(kept) * ENVIRONMENTS
+        for _ in range(EPOCHS):
+            order = torch.randperm(len(batch.advantages), generator=sampler.generator)
+            for chosen in order.chunk(MINIBATCHES):
+                part = batch.part(chosen)
+                out = method.loss(agent.logps(part.observations, part.actions), part, num_groups)
+                loss = out.loss + VALUE_COEF * value_loss(agent.values(part.observations), part)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), MAX_GRAD_NORM)
+                optimizer.step()
+                by_age = [x.view(-1, ENVIRONMENTS).sum(1) for x in vars_of(out)]
+                measured["ratio_var"].append(pooled(out.stats, method.center))
+                measured["coef"].append(method.coef)
+                measured["cut"].append(would_clip(out, part).float().mean())
+                for name, moment in zip(AGES, by_age[1] / by_age[0], strict=False):
+                    measured[name].append(moment)
+        weights = batch.importance_weights
+        measured["weight_ess"].append(weights.mean() ** 2 / (weights**2).mean())
+        measured["std"].append(agent.log_std.detach().exp().mean())
+        residual = batch.advantages.var() / (batch.advantages + batch.values).var()
+        measured["explained"].append(1 - residual)
+        if RECORDS * (update + 1) // run.updates > RECORDS * update // run.updates:
+            row = {name: torch.stack(x).mean().item() for name, x in measured.items()}
+            returns = sampler.returns
+            row["return"] = sum(returns) / len(returns) if returns else math.nan
+            rows.append({"update": update + 1, **row})
+            measured.clear()
+            returns.clear()
+    spaces.close()
+    return rows
+
+
+def vars_of(out: R2VPOOutput) -> tuple[Tensor, Tensor]:
+    return out.stats.weight, out.stats.d_sq_sum
