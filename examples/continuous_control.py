@@ -28,20 +28,16 @@ again: stop and start as you like.
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import math
-import os
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from control_tasks import EPISODE, TASKS, make_environments
-from study_runs import Objective, Row, RunFiles, Runs, having, pooled
+from control_tasks import TASKS, make_environments
+from study_runs import Objective, Row, RunFiles, pooled
 from torch import Tensor, nn
 
 from r2vpo_kernels import R2VPOOutput, r2vpo_loss_from_logps
@@ -157,18 +153,14 @@ class Sampler:
             ended = terminated | truncated
             if ended.any():
                 self.returns += info["episode"]["r"][ended].tolist()
-            steps.append(
-                (self.observations, actions, rewards, terminated, ended, ~self.was_ended)
-            )
+            steps.append((self.observations, actions, rewards, terminated, ended, ~self.was_ended))
             self.observations, self.was_ended = observations, ended
         before, actions, *rest = (np.stack(x) for x in zip(*steps, strict=True))
         observations = torch.from_numpy(np.concatenate([before, self.observations[None]]))
         actions = torch.from_numpy(actions)
         logps = agent.logps(observations[:-1], actions)
         rewards, terminated, ended, valid = (torch.from_numpy(x) for x in rest)
-        return Rollouts(
-            observations, actions, logps, rewards.float(), terminated, ended, valid
-        )
+        return Rollouts(observations, actions, logps, rewards.float(), terminated, ended, valid)
 
 
 def advantages_of(rollouts: Rollouts, values: Tensor) -> Tensor:
@@ -262,9 +254,7 @@ def train(run: Run) -> list[Row]:
     torch.manual_seed(run.seed)
     sampler, method = Sampler(run), Method(run)
     spaces = sampler.environments
-    agent = Agent(
-        spaces.single_observation_space.shape[0], spaces.single_action_space.shape[0]
-    )
+    agent = Agent(spaces.single_observation_space.shape[0], spaces.single_action_space.shape[0])
     optimizer = torch.optim.Adam(agent.parameters(), lr=run.lr, eps=1e-5, fused=True)
     gains = TASKS[run.task].gains
     kept: deque[Rollouts] = deque(maxlen=run.reuse)

@@ -17,19 +17,19 @@ import csv
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from study_figures import Interval, curve, grid, line_of, print_table, save
+from study_runs import Row, Runs, having
 from study_staleness import (
     ADDITIVE_LRS,
     DUAL_LR,
     DUAL_LRS,
     EPSILONS,
+    FILES,
     GROUP,
     METHODS,
     PROMPTS,
@@ -38,28 +38,17 @@ from study_staleness import (
     SWEEP_AGES,
     SWEPT,
     TASKS,
-    Row,
     Run,
     chosen,
     mean_success,
-    read_runs,
     tried,
 )
 
-RESAMPLES = 10_000
 # The success that "rollouts needed" counts to.
 ENOUGH = 0.25
 OLD = (2, 3, 5)
 HOLD_A_TARGET = ("dual-one", "dual-group", "fenchel-one", "fenchel-group")
-COLORS = {"ppo-clip": "black", "clip-higher": "gray", "ppo-tuned": "tab:brown"}
-COLORS |= {"none": "tab:red", "spo": "tab:purple"}
-COLORS |= {
-    f"{kind}-{center}": color
-    for kind, color in (("fixed", "tab:blue"), ("dual", "tab:green"), ("fenchel", "tab:orange"))
-    for center in ("one", "group")
-}
 
-Runs = dict[Run, list[Row]]
 Measure = Callable[[Run, list[Row]], float]
 
 
@@ -99,45 +88,6 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-@dataclass(frozen=True)
-class Interval:
-    mean: float
-    low: float
-    high: float
-    values: tuple[float, ...]
-
-    @staticmethod
-    def of(values: Iterable[float]) -> Interval:
-        """Of no values, or some that are not finite, the mean is what it is, the rest NaN."""
-        x = torch.tensor([*values], dtype=torch.float64)
-        if len(x) == 0 or not x.isfinite().all():
-            return Interval(x.mean().item(), math.nan, math.nan, tuple(x.tolist()))
-        draws = torch.Generator().manual_seed(0)
-        picks = torch.randint(len(x), (RESAMPLES, len(x)), generator=draws)
-        ends = torch.tensor([0.025, 0.975], dtype=x.dtype)
-        low, high = x[picks].mean(1).quantile(ends).tolist()
-        return Interval(x.mean().item(), low, high, tuple(x.tolist()))
-
-    @property
-    def known(self) -> bool:
-        return math.isfinite(self.mean)
-
-    def text(self, digits: int) -> str:
-        if self.known:
-            return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-        reached = sum(map(math.isfinite, self.values))
-        return f"{reached} of {len(self.values)} reach it" if self.values else ""
-
-
-def having(runs: Runs, **fixed: Any) -> Runs:
-    """Those with these fields, where a tuple allows several values."""
-
-    def fits(run: Run, field: str, value: Any) -> bool:
-        return getattr(run, field) in (value if isinstance(value, tuple) else (value,))
-
-    return {r: rows for r, rows in runs.items() if all(fits(r, *item) for item in fixed.items())}
-
-
 def by_seed(runs: Runs, name: str, **fixed: Any) -> dict[int, float]:
     """seed → a measure of the runs with these fields, its mean over what a tuple allows."""
     found: dict[int, list[float]] = defaultdict(list)
@@ -154,14 +104,6 @@ def difference(runs: Runs, name: str, fixed: dict[str, Any], other: dict[str, An
     """Of a measure, less that of the runs which differ by `other`, seed by seed."""
     ours, theirs = by_seed(runs, name, **fixed), by_seed(runs, name, **(fixed | other))
     return Interval.of(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
-
-
-def print_table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
-    print(f"\n{title}\n")
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for line in lines:
-        print("| " + " | ".join(line) + " |")
 
 
 def print_results(runs: Runs) -> None:
@@ -251,21 +193,6 @@ DUAL_FORMS = [("dual-one", lr) for lr in sorted([DUAL_LR, *DUAL_LRS])]
 DUAL_FORMS += [("additive-one", lr) for lr in ADDITIVE_LRS]
 
 
-def line_of(method: str) -> dict[str, Any]:
-    style = "--" if method.endswith("-group") or method == "clip-higher" else "-"
-    return {"color": COLORS[method], "linestyle": style, "label": method}
-
-
-def curve(axis: Axes, points: list[tuple[float, Interval]], line: dict[str, Any]) -> None:
-    """The means that are known, joined up, in the band of their intervals."""
-    points = [(x, y) for x, y in points if y.known]
-    if points:
-        x, y = zip(*points, strict=True)
-        axis.plot(x, [i.mean for i in y], **line)
-        low, high = [i.low for i in y], [i.high for i in y]
-        axis.fill_between(x, low, high, color=line["color"], alpha=0.08, linewidth=0)
-
-
 def over_training(axis: Axes, runs: Runs, name: str, line: dict[str, Any], **fixed: Any) -> None:
     """A column of the records against the rollouts consumed; "v / target" too."""
     found = having(runs, **fixed)
@@ -292,20 +219,6 @@ AXES = {
     "grad_norm": "gradient norm, before clipping it to 1",
     "entropy": "entropy, nats per token",
 }
-
-
-def grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    figure = Figure(figsize=(1 + 3.2 * columns, 0.6 + 2.9 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
-
-
-def save(figure: Figure, path: Path) -> None:
-    handles = {}
-    for axis in figure.axes:
-        axis.grid(alpha=0.3)
-        handles |= {label: h for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize="small")
-    figure.savefig(path, dpi=80)
 
 
 def draw_training(
@@ -418,7 +331,7 @@ def main() -> None:
     out = args.out or args.runs
     out.mkdir(parents=True, exist_ok=True)
 
-    runs, sweep = (read_runs(args.runs / name) for name in ("results.csv", "sweep.csv"))
+    runs, sweep = (FILES.read(args.runs / name) for name in ("results.csv", "sweep.csv"))
     check_unique(runs)
     if runs:
         print_results(runs)

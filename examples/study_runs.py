@@ -144,9 +144,7 @@ class RunFiles:
         start = time.perf_counter()
         with (
             open(path, "a", buffering=1) as file,
-            multiprocessing.get_context("spawn").Pool(
-                workers, torch.set_num_threads, (1,)
-            ) as pool,
+            multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool,
         ):
             finished = pool.imap(train, todo)
             for count, (run, rows) in enumerate(zip(todo, finished, strict=True), start=1):

@@ -28,20 +28,16 @@ again: stop and start as you like.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import math
-import multiprocessing
 import os
-import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from study_runs import Objective, Row, RunFiles, pooled
 from torch import Tensor, nn
 from train_tiny import (
     GROUP,
@@ -54,18 +50,10 @@ from train_tiny import (
     group_advantages,
     make_prompts,
     right_digits,
-    show_progress,
     warm_up,
 )
 
-from r2vpo_kernels import (
-    R2VPOOutput,
-    RatioStats,
-    VarianceConstraint,
-    fenchel_coef,
-    r2vpo_loss,
-    token_logps,
-)
+from r2vpo_kernels import R2VPOOutput, r2vpo_loss, token_logps
 
 WIDTH, HEADS, PROMPTS, MINIBATCHES = 48, 2, 32, 4
 UPDATES, RECORD_EVERY = 40, 5
@@ -87,7 +75,6 @@ DUAL_LR, DUAL_LRS, ADDITIVE_LRS = 0.1, (0.03, 0.3), (0.03, 0.3, 3.0)
 SWEEP = Path(__file__).parent / "study" / "sweep.csv"
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # tokens, labels, old_logps, advantages
-Row = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -129,69 +116,20 @@ class Run:
     updates: int = UPDATES
 
 
-def pooled(stats: RatioStats, center: str) -> Tensor:
-    """E[(ρ - c)²] over all groups."""
-    v = stats.second_moment if center == "one" else stats.variance
-    return (stats.weight * v).sum() / stats.weight.sum()
-
-
-class AdditiveDual(VarianceConstraint):
-    """λ ← clip(λ + lr·(v - target)): the other form of the dual's step, for comparison."""
-
-    @torch.no_grad()
-    def step(self, stats: RatioStats) -> None:
-        self.coef.add_(self.lr * (pooled(stats, self.center) - self.target))
-        self.coef.clamp_(0.0, self.max_coef)
-
-
-class Method:
-    """The loss of a run's method; `coef` is the mean λ of its last batch, NaN where it has none."""
-
+class Method(Objective):
     def __init__(self, run: Run) -> None:
-        self.kind, _, center = run.method.partition("-")
-        self.center = "group" if center == "group" else "one"
-        self.epsilon = run.epsilon
-        self.coef = torch.tensor(math.nan)
-        dual = AdditiveDual if self.kind == "additive" else VarianceConstraint
-        self.dual = dual(self.epsilon**2, center=self.center, coef=self._fixed(), lr=run.dual_lr)
+        super().__init__(run.method, run.epsilon, run.dual_lr)
 
     def loss(
         self, logits: Tensor, labels: Tensor, old_logps: Tensor, advantages: Tensor
     ) -> R2VPOOutput:
+        groups = torch.arange(len(advantages)) // GROUP
         out = r2vpo_loss(
-            logits, labels, old_logps, advantages,
-            group_size=GROUP, return_entropy=True, **self._objective(advantages),
+            logits, labels, old_logps, advantages, group_size=GROUP, return_entropy=True,
+            **self.keywords(advantages, groups, len(advantages) // GROUP),
         )  # fmt: skip
-        if self.kind in ("dual", "additive"):
-            self.dual.step(out.stats)
+        self.step(out.stats)
         return out
-
-    def _objective(self, advantages: Tensor) -> dict[str, Any]:
-        if self.kind in ("ppo", "clip"):
-            high = self.epsilon if self.kind == "ppo" else 1.4 * self.epsilon
-            # No ratio is below 0.
-            return {"policy_loss": "clip", "clip_range": (min(self.epsilon, 1.0), high)}
-        coef = self._coef(advantages)
-        self.coef = coef.mean()
-        return {"variance_coef": coef, "center": self.center}
-
-    def _fixed(self) -> float:
-        return 1 / (2 * self.epsilon)
-
-    def _coef(self, advantages: Tensor) -> Tensor:
-        if self.kind == "none":
-            return torch.tensor(0.0)
-        if self.kind == "fixed":
-            return torch.tensor(self._fixed())
-        if self.kind == "spo":
-            return advantages.abs() * self._fixed()
-        if self.kind == "fenchel":
-            groups = torch.arange(len(advantages)) // GROUP
-            return fenchel_coef(
-                advantages, self.epsilon**2, center=self.center,
-                group_ids=groups, num_groups=len(advantages) // GROUP,
-            )  # fmt: skip
-        return self.dual.coef.clone()
 
 
 def starting_policy(name: str, folder: Path) -> TinyTransformer:
@@ -268,39 +206,8 @@ def train(run: Run, policies: Path) -> list[Row]:
     return rows
 
 
-RUN_COLUMNS = [field.name for field in fields(Run)]
 MEASURED = ["update", "success", "ratio_var", "coef", "cut", "grad_norm", "entropy"]
-
-
-def read_runs(path: Path) -> dict[Run, list[Row]]:
-    """The runs of a file that stand there in full, each with its rows."""
-    kinds = {"task": str, "method": str, "lr": float, "epsilon": float, "dual_lr": float}
-    runs: dict[Run, list[Row]] = defaultdict(list)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    # The last one may have been cut short.
-    for line in csv.DictReader(line for line in lines if line.endswith("\n")):
-        run = Run(**{name: kinds.get(name, int)(line[name]) for name in RUN_COLUMNS})
-        runs[run].append({name: float(line[name] or math.nan) for name in MEASURED})
-    return {run: rows for run, rows in runs.items() if rows[-1]["update"] == run.updates}
-
-
-def lines_of(run: Run, rows: list[Row]) -> list[str]:
-    lines = []
-    for row in rows:
-        values = (row.get(name, math.nan) for name in MEASURED)
-        measured = ("" if math.isnan(value) else f"{value:.4g}" for value in values)
-        lines.append(",".join([*map(str, astuple(run)), *measured]))
-    return lines
-
-
-def write_runs(path: Path, runs: dict[Run, list[Row]]) -> None:
-    """A file of these runs alone."""
-    lines = [",".join([*RUN_COLUMNS, *MEASURED])]
-    for run, rows in runs.items():
-        lines += lines_of(run, rows)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text("\n".join(lines) + "\n")
-    unfinished.replace(path)
+FILES = RunFiles(Run, MEASURED)
 
 
 def mean_success(rows: list[Row]) -> float:
@@ -367,26 +274,13 @@ def result_runs(
     ]
 
 
-def finish(name: str, runs: Iterable[Run], path: Path, workers: int) -> None:
+def finish(name: str, runs: list[Run], path: Path, workers: int) -> None:
     """Train those of the runs that do not stand in the file yet, and append them to it."""
-    done = read_runs(path)
-    todo = [run for run in runs if run not in done]
-    if not todo:
-        return
-    write_runs(path, done)
     policies = path.parent / "policies"
-    for task in {run.task for run in todo}:
+    done = FILES.read(path)
+    for task in {run.task for run in runs if run not in done}:
         starting_policy(task, policies)
-    start = time.perf_counter()
-    with (
-        open(path, "a", buffering=1) as file,
-        multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool,
-    ):
-        finished = pool.imap(partial(train, policies=policies), todo)
-        for count, (run, rows) in enumerate(zip(todo, finished, strict=True), start=1):
-            file.write("\n".join(lines_of(run, rows)) + "\n")
-            left = (time.perf_counter() - start) / count * (len(todo) - count) / 60
-            show_progress(name, count, len(todo), f"{run.task} {run.method}, {left:.0f} min left")
+    FILES.finish(name, runs, path, partial(train, policies=policies), workers)
 
 
 def main() -> None:
@@ -409,8 +303,8 @@ def main() -> None:
     if args.full:
         sweep, settings, seeds = out / "sweep.csv", SETTINGS, SEEDS
         finish("sweep", sweep_runs(), sweep, args.workers)
-        finish("dual's steps", dual_runs(read_runs(sweep)), sweep, args.workers)
-    runs = result_runs(chosen(read_runs(sweep)), settings, seeds)
+        finish("dual's steps", dual_runs(FILES.read(sweep)), sweep, args.workers)
+    runs = result_runs(chosen(FILES.read(sweep)), settings, seeds)
     finish("results", runs, out / "results.csv", args.workers)
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from r2vpo_kernels import r2vpo_loss_from_logps
+from r2vpo_kernels import RatioStats, r2vpo_loss_from_logps
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import study_report as report
 import study_staleness as study
+from study_figures import Interval
+from study_runs import AdditiveDual
 from study_staleness import GROUP, METHODS, PROMPTS, TASKS, Method, Run
 
 RUN = Run("sort", "dual-group", age=0, reuse=1, seed=0, lr=1e-3, updates=study.RECORD_EVERY)
@@ -114,8 +116,8 @@ def test_would_clip():
 
 
 def test_additive_dual():
-    dual = study.AdditiveDual(0.04, coef=2.0, lr=0.5)
-    dual.step(study.RatioStats(torch.ones(1), torch.zeros(1), torch.tensor([1.0])))
+    dual = AdditiveDual(0.04, coef=2.0, lr=0.5)
+    dual.step(RatioStats(torch.ones(1), torch.zeros(1), torch.tensor([1.0])))
     assert dual.coef.item() == pytest.approx(2.0 + 0.5 * 0.96)
 
 
@@ -128,7 +130,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     study.finish("test", runs, path, workers=1)
     after = path.read_text()
     assert after.startswith(before)
-    assert list(study.read_runs(path)) == runs
+    assert list(study.FILES.read(path)) == runs
     monkeypatch.setattr(study, "starting_policy", None)  # nothing is trained
     study.finish("test", runs, path, workers=1)
     assert path.read_text() == after
@@ -141,7 +143,7 @@ def test_a_run_cut_short_is_run_again(tmp_path):
     whole = path.read_text()
     for end in (0, 40, whole.index("\n") + 1, len(whole) - 2, whole.rindex(",", 0, -20)):
         path.write_text(whole[:end])
-        assert study.read_runs(path) == {}
+        assert study.FILES.read(path) == {}
     study.finish("test", [RUN], path, workers=1)
     assert path.read_text() == whole
 
@@ -179,15 +181,15 @@ def test_rollouts_needed(monkeypatch):
 
 
 def test_interval():
-    y = report.Interval.of([0.0, 1.0])
+    y = Interval.of([0.0, 1.0])
     assert (y.mean, y.low, y.high) == (0.5, 0.0, 1.0)
     many = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    y = report.Interval.of(many.tolist())
+    y = Interval.of(many.tolist())
     # The standard error of a percentile of 10 000 draws is 0.03 of that of the mean.
     error = many.std(correction=0).item() / 20
     assert y.high - y.mean == pytest.approx(1.96 * error, abs=4 * 0.03 * error)
-    assert report.Interval.of([1.0, math.inf]).text(1) == "1 of 2 reach it"
-    assert report.Interval.of([]).text(1) == ""
+    assert Interval.of([1.0, math.inf]).text(1) == "1 of 2 reach it"
+    assert Interval.of([]).text(1) == ""
 
 
 def test_several_ages_together(monkeypatch):
@@ -206,7 +208,7 @@ def test_several_ages_together(monkeypatch):
     assert gap.values == pytest.approx([0.135, 0.135])
 
 
-def rows_of(success: float, updates: int) -> list[study.Row]:
+def rows_of(success: float, updates: int) -> list[dict[str, float]]:
     """A run's records where nothing but success matters."""
     measured = dict.fromkeys(study.MEASURED, 0.5) | {"success": success}
     return [{"update": u, "success": success} if u == 0 else measured | {"update": u}
@@ -224,11 +226,11 @@ def test_report(tmp_path, monkeypatch, capsys):
     sweep = {run: rows_of(run.lr, run.updates) for run in study.sweep_runs()}
     sweep |= {run: rows_of(run.lr, run.updates) for run in study.dual_runs(sweep)}
     monkeypatch.setattr(sys, "argv", ["study_report.py", "--runs", str(tmp_path)])
-    study.write_runs(tmp_path / "sweep.csv", dict(itertools.islice(sweep.items(), 5)))
+    study.FILES.write(tmp_path / "sweep.csv", dict(itertools.islice(sweep.items(), 5)))
     report.main()
     assert capsys.readouterr().out == ""
-    study.write_runs(tmp_path / "sweep.csv", sweep)
-    study.write_runs(tmp_path / "results.csv", runs)
+    study.FILES.write(tmp_path / "sweep.csv", sweep)
+    study.FILES.write(tmp_path / "results.csv", runs)
     report.main()
     printed = capsys.readouterr().out
     assert "| dual-one | 0.100 [0.100, 0.100] | 0.100 [0.100, 0.100] |" in printed
@@ -242,6 +244,6 @@ def test_report(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     for name in ("success", "constraint", "age", "clipped", "reuse", "strength", "dual"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    study.write_runs(tmp_path / "results.csv", runs | {replace(run, lr=1.0): runs[run]})
+    study.FILES.write(tmp_path / "results.csv", runs | {replace(run, lr=1.0): runs[run]})
     with pytest.raises(SystemExit, match="has 2 runs of"):
         report.main()
