@@ -19,8 +19,9 @@ first and the short form reads from examples/control/.
 Reuse: with reuse r an update trains on the last r batches of rollouts, in minibatches r times as
 large, so that data is up to r - 1 updates old and the number of optimizer steps is the same.
 Advantages are recomputed with the value function of the update's start. "behaviour" takes the ratio
-to the policy that sampled; "weighted" takes it to the policy of the update's start, and weights each
-step's advantage by the ratio between the two, cut at MAX_WEIGHT (decoupled PPO, arXiv:2110.00641).
+to the policy that sampled; "weighted" takes it to the policy of the update's start, and weights
+each step's advantage by the ratio between the two, cut at MAX_WEIGHT (decoupled PPO,
+arXiv:2110.00641).
 
 Each finished run is appended to a CSV in --out at once, and a run that stands there is not run
 again: stop and start as you like.
@@ -28,7 +29,10 @@ again: stop and start as you like.
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import math
+import os
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,8 +40,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from control_tasks import TASKS, make_environments
-from study_runs import Objective, Row, RunFiles, pooled
+from control_tasks import EPISODE, TASKS, make_environments
+from study_runs import Objective, Row, RunFiles, Runs, having, pooled
 from torch import Tensor, nn
 
 from r2vpo_kernels import R2VPOOutput, r2vpo_loss_from_logps
@@ -62,7 +66,8 @@ REUSES, CORRECTIONS = (1, 2, 4, 6), ("behaviour", "weighted")
 REUSE_TASKS = SWEEP_TASKS = ("cheetah-run", "ball_in_cup-catch", "cheetah-run-changing")
 SEEDS, REUSE_SEEDS, SWEEP_SEEDS = range(5), range(3), range(100, 102)
 UPDATES = 1_000_000 // BATCH
-SHORT_UPDATES = SWEEP_UPDATES = UPDATES // 2
+SWEEP_UPDATES = REUSE_UPDATES = SHORT_UPDATES = UPDATES // 2
+SHORT_METHODS = ("ppo-clip", "fixed-one", "dual-one")
 RATES, EPSILONS = (3e-4, 1e-3), (0.2, 0.5, 1.0)
 SWEEP = Path(__file__).parent / "control" / "sweep.csv"
 
@@ -277,11 +282,12 @@ def train(run: Run) -> list[Row]:
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), MAX_GRAD_NORM)
                 optimizer.step()
-                by_age = [x.view(-1, ENVIRONMENTS).sum(1) for x in vars_of(out)]
+                stats = (out.stats.weight, out.stats.d_sq_sum)
+                weight, d_sq_sum = (x.view(-1, ENVIRONMENTS).sum(1) for x in stats)
                 measured["ratio_var"].append(pooled(out.stats, method.center))
                 measured["coef"].append(method.coef)
                 measured["cut"].append(would_clip(out, part).float().mean())
-                for name, moment in zip(AGES, by_age[1] / by_age[0], strict=False):
+                for name, moment in zip(AGES, d_sq_sum / weight, strict=False):
                     measured[name].append(moment)
         weights = batch.importance_weights
         measured["weight_ess"].append(weights.mean() ** 2 / (weights**2).mean())
@@ -299,5 +305,103 @@ def train(run: Run) -> list[Row]:
     return rows
 
 
-def vars_of(out: R2VPOOutput) -> tuple[Tensor, Tensor]:
-    return out.stats.weight, out.stats.d_sq_sum
+def mean_return(rows: list[Row]) -> float:
+    """Over the whole of training, of the highest possible: what is learned sooner counts more."""
+    returns = [row["return"] for row in rows if not math.isnan(row["return"])]
+    return sum(returns) / len(returns) / EPISODE
+
+
+def tried(method: str) -> list[dict[str, float]]:
+    """The hyper-parameters that the sweep tries for a method."""
+    epsilons = EPSILONS[:1] if method == "none" else EPSILONS
+    return [{"lr": lr, "epsilon": e} for lr, e in itertools.product(RATES, epsilons)]
+
+
+def sweep_runs() -> list[Run]:
+    return [
+        Run(task, method, 1, "behaviour", seed, **values, updates=SWEEP_UPDATES)
+        for seed, task, method in itertools.product(SWEEP_SEEDS, SWEEP_TASKS, METHODS)
+        for values in tried(method)
+    ]
+
+
+def chosen(sweep: Runs) -> dict[str, dict[str, float]]:
+    """method → the values of the highest mean return over the sweep's tasks and seeds."""
+    result = {}
+    for method in METHODS:
+        scores: dict[tuple[float, float], list[float]] = defaultdict(list)
+        for run, rows in having(sweep, method=method).items():
+            scores[run.lr, run.epsilon].append(mean_return(rows))
+        if scores:
+            best = max(scores, key=lambda key: sum(scores[key]) / len(scores[key]))
+            result[method] = dict(zip(("lr", "epsilon"), best, strict=True))
+    # The sweep's runs have no weights: there the two are the same.
+    if "fixed-one" in result:
+        result["fenchel-one"] = result["fixed-one"]
+    return result
+
+
+def main_runs(
+    values: dict[str, dict[str, float]],
+    tasks: Iterable[str] = TASKS,
+    methods: Iterable[str] = METHODS,
+    seeds: range = SEEDS,
+    updates: int = UPDATES,
+) -> list[Run]:
+    return [
+        Run(task, method, 1, "behaviour", seed, **values[method], updates=updates)
+        for seed, task, method in itertools.product(seeds, tasks, methods)
+    ]
+
+
+def reuse_runs(
+    values: dict[str, dict[str, float]],
+    tasks: Iterable[str] = REUSE_TASKS,
+    reuses: Iterable[int] = REUSES,
+    methods: Iterable[str] = REUSE_METHODS,
+    seeds: range = REUSE_SEEDS,
+) -> list[Run]:
+    """All of the same length; without old data, or without weights, some would be the same run."""
+    return [
+        Run(task, method, reuse, correction, seed, **values[method], updates=REUSE_UPDATES)
+        for seed, task, reuse, correction, method in itertools.product(
+            seeds, tasks, reuses, CORRECTIONS, methods
+        )
+        if correction == "behaviour" or reuse > 1
+        if correction == "weighted" or method != "fenchel-one"
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add(
+        "--full", action="store_true", help="the sweep, all tasks, 5 seeds: some HOURS on two cores"
+    )
+    add("--out", type=Path, help="folder to write (default: control, with --full control/full)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    args = parser.parse_args()
+
+    # The two may choose other values for the same cell: they do not share a folder.
+    out = args.out or Path("control", "full" if args.full else "")
+    out.mkdir(parents=True, exist_ok=True)
+
+    def finish(name: str, runs: list[Run], path: Path) -> None:
+        FILES.finish(name, runs, path, train, args.workers)
+
+    if args.full:
+        sweep = out / "sweep.csv"
+        finish("sweep", sweep_runs(), sweep)
+        values = chosen(FILES.read(sweep))
+        results, reuse = main_runs(values), reuse_runs(values)
+    else:
+        values = chosen(FILES.read(SWEEP))
+        short = {"tasks": REUSE_TASKS[:2], "methods": SHORT_METHODS, "seeds": SEEDS[:1]}
+        results = main_runs(values, **short, updates=SHORT_UPDATES)
+        reuse = reuse_runs(values, reuses=(4,), **(short | {"tasks": REUSE_TASKS[:1]}))
+    finish("results", results, out / "results.csv")
+    finish("reuse", reuse, out / "reuse.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,21 +33,23 @@ EPISODE = 1000  # steps; dm_control's returns lie between 0 and that
 @dataclass(frozen=True)
 class Task:
     pool: str  # envpool's name
+    kind: str  # dense or sparse reward, or changing dynamics
     # What multiplies each actuator's control, in parts of equal length of a training run.
     gains: tuple[tuple[float, ...], ...] = ()
 
 
 TASKS = {
-    "cheetah-run": Task("CheetahRun-v1"),
-    "walker-walk": Task("WalkerWalk-v1"),
-    "cartpole-swingup_sparse": Task("CartpoleSwingupSparse-v1"),
-    "ball_in_cup-catch": Task("BallInCupCatch-v1"),
-    "finger-turn_hard": Task("FingerTurnHard-v1"),
-    "pendulum-swingup": Task("PendulumSwingup-v1"),
+    "cheetah-run": Task("CheetahRun-v1", "dense"),
+    "walker-walk": Task("WalkerWalk-v1", "dense"),
+    "cartpole-swingup_sparse": Task("CartpoleSwingupSparse-v1", "sparse"),
+    "ball_in_cup-catch": Task("BallInCupCatch-v1", "sparse"),
+    "finger-turn_hard": Task("FingerTurnHard-v1", "sparse"),
+    "pendulum-swingup": Task("PendulumSwingup-v1", "sparse"),
     # Three actuators of the back leg, three of the front. Dm_control's motors are linear in the
     # control: a factor on it is a factor on their gear.
     "cheetah-run-changing": Task(
         "CheetahRun-v1",
+        "changing",
         (
             (1.0, 1.0, 1.0, 1.0, 1.0, 1.0),
             (0.5, 0.5, 0.5, 1.0, 1.0, 1.0),

@@ -1,0 +1,288 @@
+"""Tables and figures of what continuous_control.py has run so far.
+
+    python examples/control_report.py [--runs control] [--out control]
+
+Returns are those of dm_control over 1000, the highest possible; "final" is their mean over the last
+tenth of training. Over tasks they are aggregated as rliable does: the interquartile mean of all
+runs, and the probability that a run is better than one of ppo-clip on the same task, both with 95 %
+bootstrap intervals, stratified by task. Of a single task, means over seeds with bootstrap intervals
+of study_figures.py, which five seeds make too narrow.
+
+Writes a figure for each question into --out, and prints tables in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from continuous_control import (
+    AGES,
+    BATCH,
+    CORRECTIONS,
+    FILES,
+    METHODS,
+    RECORDS,
+    REUSE_METHODS,
+    SWEEP_TASKS,
+    chosen,
+    mean_return,
+    tried,
+)
+from control_tasks import EPISODE, TASKS
+from matplotlib.axes import Axes
+from rliable import library, metrics
+from study_figures import Interval, curve, grid, line_of, print_table, save
+from study_runs import Row, Runs, having
+
+REPETITIONS = 2000
+RIVAL = "ppo-clip"
+KINDS = {
+    "all": tuple(TASKS),
+    **{
+        kind: tuple(name for name, task in TASKS.items() if task.kind == kind)
+        for kind in ("dense", "sparse", "changing")
+    },
+}
+
+
+def final_return(rows: list[Row]) -> float:
+    """The mean of the last tenth of training, of the highest possible."""
+    return mean_return(rows[-(RECORDS // 10) :])
+
+
+MEASURES = {"final": final_return, "mean over training": mean_return}
+
+
+def scores(runs: Runs, method: str, tasks: Sequence[str], measure: str) -> np.ndarray:
+    """(seeds, tasks): the seeds that all of the tasks have."""
+    of_tasks = [
+        {run.seed: MEASURES[measure](rows) for run, rows in of_task.items()}
+        for of_task in (having(runs, method=method, task=task) for task in tasks)
+    ]
+    seeds = sorted(set.intersection(*(set(x) for x in of_tasks)))
+    return np.array([[x[seed] for x in of_tasks] for seed in seeds]).reshape(-1, len(tasks))
+
+
+def aggregate(runs: Runs, tasks: Sequence[str], measure: str) -> dict[str, tuple[str, str]]:
+    """method → its interquartile mean, and its probability of improvement over the rival."""
+    found = {m: scores(runs, m, tasks, measure) for m in METHODS}
+    found = {m: x for m, x in found.items() if len(x)}
+    draws = np.random.RandomState(0)
+    means = library.get_interval_estimates(
+        found, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=REPETITIONS, random_state=draws
+    )
+    pairs = {m: (x, found[RIVAL]) for m, x in found.items() if m != RIVAL and RIVAL in found}
+    better = library.get_interval_estimates(
+        pairs, metrics.probability_of_improvement, reps=REPETITIONS, random_state=draws
+    )
+
+    def text(estimates: tuple[dict[str, Any], dict[str, Any]], method: str) -> str:
+        points, intervals = estimates
+        if method not in points:
+            return ""
+        point, (low, high) = np.ravel(points[method])[0], np.ravel(intervals[method])
+        return f"{point:.3f} [{low:.3f}, {high:.3f}]"
+
+    return {m: (text(means, m), text(better, m)) for m in found}
+
+
+def print_aggregates(runs: Runs) -> None:
+    complete = {task for task in TASKS if having(runs, task=task, method=RIVAL)}
+    kinds = {kind: [t for t in tasks if t in complete] for kind, tasks in KINDS.items()}
+    kinds = {kind: tasks for kind, tasks in kinds.items() if tasks}
+    for measure in MEASURES:
+        found = {kind: aggregate(runs, tasks, measure) for kind, tasks in kinds.items()}
+        columns = [f"{kind} ({len(tasks)})" for kind, tasks in kinds.items()]
+        for index, title in enumerate(("interquartile mean", f"probability of beating {RIVAL}")):
+            lines = [
+                [method, *(found[kind].get(method, ("", ""))[index] for kind in kinds)]
+                for method in METHODS
+            ]
+            print_table(f"{measure} return: {title}", ["", *columns], lines)
+
+
+def interval(runs: Runs, measure: str, **fixed: Any) -> Interval:
+    return Interval.of(MEASURES[measure](rows) for rows in having(runs, **fixed).values())
+
+
+def column_mean(runs: Runs, name: str, **fixed: Any) -> Interval:
+    """Of a column of the records, over training; "v / target" too."""
+
+    def values(rows: list[Row], epsilon: float) -> list[float]:
+        scale = epsilon**2 if name == "v / target" else 1.0
+        known = [row["ratio_var" if name == "v / target" else name] for row in rows]
+        return [value / scale for value in known if not math.isnan(value)]
+
+    means = [values(rows, run.epsilon) for run, rows in having(runs, **fixed).items()]
+    return Interval.of(sum(x) / len(x) for x in means if x)
+
+
+def print_tasks(runs: Runs) -> None:
+    tasks = [task for task in TASKS if having(runs, task=task)]
+    tables = [("final return", lambda **f: interval(runs, "final", **f))]
+    tables += [
+        (title, lambda name=name, **f: column_mean(runs, name, **f))
+        for title, name in (
+            ("λ", "coef"),
+            ("E[(ρ - c)²]", "ratio_var"),
+            ("E[(ρ - c)²] over ε²", "v / target"),
+            ("share of steps past PPO's clip", "cut"),
+        )
+    ]
+    for title, of_cell in tables:
+        lines = [[m, *(of_cell(method=m, task=t).text(3) for t in tasks)] for m in METHODS]
+        print_table(title, ["", *tasks], lines)
+
+
+def print_reuse(runs: Runs) -> None:
+    tasks = [task for task in TASKS if having(runs, task=task)]
+    settings = sorted({(run.correction, run.reuse) for run in runs})
+    names = [f"{correction}, {reuse}" for correction, reuse in settings]
+    for task, measure in itertools.product(tasks, MEASURES):
+        lines = []
+        for method in REUSE_METHODS:
+            line = [method]
+            for correction, reuse in settings:
+                fixed = {"method": method, "correction": correction, "reuse": reuse}
+                line.append(interval(runs, measure, task=task, **fixed).text(3))
+            lines.append(line)
+        print_table(f"{task}: {measure} return, by reuse", ["", *names], lines)
+    largest = max(reuse for _, reuse in settings)
+    lines = []
+    for task, method, correction in itertools.product(tasks, REUSE_METHODS, CORRECTIONS):
+        fixed = {"task": task, "method": method, "correction": correction, "reuse": largest}
+        cells = [column_mean(runs, name, **fixed) for name in [*AGES[:largest], "weight_ess"]]
+        if any(cell.known for cell in cells):
+            lines.append([task, method, correction, *(f"{cell.mean:.3g}" for cell in cells)])
+    columns = ["", "", "", *(f"age {age}" for age in range(largest)), "weights' ESS"]
+    print_table(f"E[(ρ - 1)²] by age, reuse {largest}", columns, lines)
+
+
+def print_sweep(sweep: Runs) -> None:
+    """Mean return over training of all that was tried, what was chosen in bold."""
+    values = chosen(sweep)
+    lines = []
+    for method in METHODS:
+        for tried_values in tried(method):
+            of_tasks = [
+                interval(sweep, "mean over training", task=task, method=method, **tried_values).mean
+                for task in SWEEP_TASKS
+            ]
+            mean = f"{sum(of_tasks) / len(of_tasks):.3f}"
+            best = values.get(method) == tried_values
+            epsilon = "" if method == "none" else f"{tried_values['epsilon']:g}"
+            cells = [f"{x:.3f}" for x in of_tasks]
+            lines.append(
+                [
+                    method,
+                    f"{tried_values['lr']:g}",
+                    epsilon,
+                    *cells,
+                    f"**{mean}**" if best else mean,
+                ]
+            )
+    columns = ["", "lr", "ε", *SWEEP_TASKS, "mean"]
+    print_table("the sweep: mean return over training", columns, lines)
+
+
+AXIS_LABELS = {
+    "return": "return / 1000",
+    "v / target": "E[(ρ - c)²] / ε²",
+    "ratio_var": "E[(ρ - c)²]",
+    "coef": "λ",
+    "cut": "share of steps past PPO's clip",
+}
+
+
+def over_training(axis: Axes, runs: Runs, name: str, line: dict[str, Any], **fixed: Any) -> None:
+    """A column of the records against environment steps."""
+    found = having(runs, **fixed)
+    points = []
+    for records in zip(*found.values(), strict=True):
+        values = []
+        for run, row in zip(found, records, strict=True):
+            scale = {"v / target": run.epsilon**2, "return": EPISODE}.get(name, 1.0)
+            values.append(row["ratio_var" if name == "v / target" else name] / scale)
+        points.append((records[0]["update"] * BATCH, Interval.of(values)))
+    curve(axis, points, line)
+
+
+def draw_training(runs: Runs, names: Sequence[str], path: Path) -> None:
+    """Columns of the records over training: a row of panels for each, a column for each task."""
+    tasks = [task for task in TASKS if having(runs, task=task)]
+    figure, axes = grid(len(names), len(tasks))
+    for row, name in zip(axes, names, strict=True):
+        for axis, task in zip(row, tasks, strict=True):
+            for method in METHODS:
+                over_training(axis, runs, name, line_of(method), method=method, task=task)
+            if name == "v / target":
+                axis.axhline(1.0, color="black", linestyle=":", label="target")
+            if name in ("v / target", "ratio_var", "coef"):
+                axis.set_yscale("log")
+            axis.set(title=task, xlabel="environment steps")
+        row[0].set_ylabel(AXIS_LABELS[name])
+    save(figure, path)
+
+
+def draw_reuse(runs: Runs, path: Path) -> None:
+    """Final return against reuse: a row of panels for each correction, a column for each task."""
+    tasks = [task for task in TASKS if having(runs, task=task)]
+    reuses = sorted({run.reuse for run in runs})
+    figure, axes = grid(len(CORRECTIONS), len(tasks))
+    for row, correction in zip(axes, CORRECTIONS, strict=True):
+        for axis, task in zip(row, tasks, strict=True):
+            for method in REUSE_METHODS:
+                points = []
+                for reuse in reuses:
+                    # Without old data there is nothing to correct: one run serves both.
+                    of_reuse = correction if reuse > 1 else CORRECTIONS[0]
+                    fixed = {"task": task, "method": method, "correction": of_reuse}
+                    points.append((reuse, interval(runs, "final", reuse=reuse, **fixed)))
+                curve(axis, points, line_of(method) | {"marker": "."})
+            axis.set(title=f"{task}, {correction}", xticks=reuses, xlabel="batches per update")
+        row[0].set_ylabel("final return / 1000")
+    save(figure, path)
+
+
+def check_unique(name: str, runs: Iterable[Any]) -> None:
+    """By two sweeps the same cell may have been run with different values."""
+    cells = Counter((r.task, r.method, r.reuse, r.correction, r.seed) for r in runs)
+    for cell, count in cells.items():
+        if count > 1:
+            raise SystemExit(f"{name} has {count} runs of {cell}: use another folder for each")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("control"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="folder to write, by default that of the runs")
+    args = parser.parse_args()
+    out = args.out or args.runs
+    out.mkdir(parents=True, exist_ok=True)
+
+    results, reuse, sweep = (
+        FILES.read(args.runs / f"{name}.csv") for name in ("results", "reuse", "sweep")
+    )
+    check_unique("results.csv", results)
+    check_unique("reuse.csv", reuse)
+    if results:
+        print_aggregates(results)
+        print_tasks(results)
+        draw_training(results, ["return"], out / "returns.png")
+        draw_training(results, ["v / target", "coef", "cut"], out / "variance.png")
+    if reuse:
+        print_reuse(reuse)
+        draw_reuse(reuse, out / "reuse.png")
+    if chosen(sweep).keys() >= set(METHODS):
+        print_sweep(sweep)
+
+
+if __name__ == "__main__":
+    main()
