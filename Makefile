@@ -6,8 +6,8 @@ RUN = $(VENV)/bin/python
 GPU_PARTS = gpu-parity gpu-launches gpu-bench gpu-memory gpu-tune
 
 .PHONY: quick test test-all test-interpreter test-others all-interpreter all-interpreter-linear \
-	all-others all-avx2 test-torch demo study bench bench-linear gpu $(GPU_PARTS) sanitize \
-	lint docs clean
+	all-others all-avx2 test-torch demo study control bench bench-linear gpu $(GPU_PARTS) \
+	sanitize lint docs clean
 
 # Each part is one process without threads that wait for another's, two at a time. Its output goes to
 # build/, with a line of progress now and then, and is shown when it is done. MAKEFLAGS would tell a
@@ -70,6 +70,11 @@ study: $(VENV)/ready
 	$(RUN) examples/study_staleness.py
 	$(RUN) examples/study_report.py
 
+# The short form; `--full` has the whole of it. Envpool has wheels for Linux alone.
+control: $(VENV)/control
+	$(RUN) examples/continuous_control.py
+	$(RUN) examples/control_report.py
+
 bench: $(VENV)/ready
 	$(RUN) benchmarks/loss.py
 	$(RUN) benchmarks/overhead.py
@@ -110,6 +115,10 @@ $(VENV)/docs: $(VENV)/ready requirements-docs.txt
 	$(RUN) -m pip install --quiet --no-compile --requirement requirements-docs.txt
 	touch $@
 
+$(VENV)/control: $(VENV)/ready requirements-control.txt
+	$(RUN) -m pip install --quiet --no-compile --requirement requirements-control.txt
+	touch $@
+
 # Most of what is installed is never imported: not compiling it halves the time.
 $(VENV)/ready: requirements-dev.txt requirements-no-deps.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
@@ -119,4 +128,4 @@ $(VENV)/ready: requirements-dev.txt requirements-no-deps.txt pyproject.toml setu
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo study build benchmarks/out
+	rm -rf $(VENV) demo study control build benchmarks/out
