@@ -13,11 +13,9 @@ Writes a figure for each question into --out, and prints tables in Markdown.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +37,7 @@ from control_tasks import EPISODE, TASKS
 from matplotlib.axes import Axes
 from rliable import library, metrics
 from study_figures import Interval, curve, grid, line_of, print_table, save
-from study_runs import Row, Runs, having
+from study_runs import Row, Runs, check_unique, having, report_folders
 
 REPETITIONS = 2000
 RIVAL = "ppo-clip"
@@ -251,27 +249,12 @@ def draw_reuse(runs: Runs, path: Path) -> None:
     save(figure, path)
 
 
-def check_unique(name: str, runs: Iterable[Any]) -> None:
-    """By two sweeps the same cell may have been run with different values."""
-    cells = Counter((r.task, r.method, r.reuse, r.correction, r.seed) for r in runs)
-    for cell, count in cells.items():
-        if count > 1:
-            raise SystemExit(f"{name} has {count} runs of {cell}: use another folder for each")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=Path, default=Path("control"), help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="folder to write, by default that of the runs")
-    args = parser.parse_args()
-    out = args.out or args.runs
-    out.mkdir(parents=True, exist_ok=True)
-
-    results, reuse, sweep = (
-        FILES.read(args.runs / f"{name}.csv") for name in ("results", "reuse", "sweep")
-    )
-    check_unique("results.csv", results)
-    check_unique("reuse.csv", reuse)
+    folder, out = report_folders(__doc__.partition("\n")[0], "control")
+    paths = [folder / f"{name}.csv" for name in ("results", "reuse", "sweep")]
+    results, reuse, sweep = (FILES.read(path) for path in paths)
+    for path, runs in zip(paths[:2], (results, reuse), strict=True):
+        check_unique(path, runs)
     if results:
         print_aggregates(results)
         print_tasks(results)

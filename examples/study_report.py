@@ -12,18 +12,17 @@ Writes summary.csv and a figure for each question into --out, and prints tables 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from study_figures import Interval, curve, grid, line_of, print_table, save
-from study_runs import Row, Runs, having
+from study_runs import Row, Runs, check_unique, having, report_folders
 from study_staleness import (
     ADDITIVE_LRS,
     DUAL_LR,
@@ -315,24 +314,10 @@ def write_summary(runs: Runs, path: Path) -> None:
                         writer.writerow([*fixed.values(), name, *numbers, len(y.values)])
 
 
-def check_unique(runs: Runs) -> None:
-    """By two sweeps the same cell may have been run with different values."""
-    cells = Counter((run.task, run.method, run.age, run.reuse, run.seed) for run in runs)
-    for cell, count in cells.items():
-        if count > 1:
-            raise SystemExit(f"results.csv has {count} runs of {cell}: use another folder for each")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=Path, default=Path("study"), help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="folder to write, by default that of the runs")
-    args = parser.parse_args()
-    out = args.out or args.runs
-    out.mkdir(parents=True, exist_ok=True)
-
-    runs, sweep = (FILES.read(args.runs / name) for name in ("results.csv", "sweep.csv"))
-    check_unique(runs)
+    folder, out = report_folders(__doc__.partition("\n")[0], "study")
+    runs, sweep = (FILES.read(folder / name) for name in ("results.csv", "sweep.csv"))
+    check_unique(folder / "results.csv", runs)
     if runs:
         print_results(runs)
         write_summary(runs, out / "summary.csv")

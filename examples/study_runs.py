@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import multiprocessing
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,22 @@ def having(runs: Runs, **fixed: Any) -> Runs:
         return getattr(run, name) in (value if isinstance(value, tuple) else (value,))
 
     return {r: rows for r, rows in runs.items() if all(fits(r, *item) for item in fixed.items())}
+
+
+def check_unique(path: Path, runs: Runs) -> None:
+    """By two sweeps the same cell may have been run with different values."""
+    cells = Counter(replace(run, lr=0.0, epsilon=0.0) for run in runs)
+    for cell, count in cells.items():
+        if count > 1:
+            raise SystemExit(f"{path} has {count} runs of {cell}: use another folder for each")
+
+
+def report_folders(description: str, default: str) -> tuple[Path, Path]:
+    """Where a report finds the runs, and the folder that it writes, from its command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--runs", type=Path, default=Path(default), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="folder to write, by default that of the runs")
+    args = parser.parse_args()
+    out = args.out or args.runs
+    out.mkdir(parents=True, exist_ok=True)
+    return args.runs, out
