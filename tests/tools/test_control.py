@@ -192,11 +192,11 @@ def test_value_loss_is_clipped():
     values = torch.tensor([0.1, 3.0, -3.0], requires_grad=True)
     zeros = torch.zeros(3)
     batch = Batch(zeros, zeros, zeros, zeros, torch.tensor([1.0, 1.0, 1.0]), zeros, zeros)
-    loss = control.value_loss(VALUES, batch)
+    loss = control.value_loss(values, batch)
     # Targets are 1. At 3 the free error is larger than the clipped one, and so at -3.
     assert loss.item() == pytest.approx((0.9**2 + 2**2 + 4**2) / 6)
     loss.backward()
-    torch.testing.assert_close(VALUES.grad, torch.tensor([-0.9, 2.0, -4.0]) / 3)
+    torch.testing.assert_close(values.grad, torch.tensor([-0.9, 2.0, -4.0]) / 3)
     within = torch.tensor([0.9], requires_grad=True)
     one = Batch(*(x[:1] for x in vars(batch).values()))
     control.value_loss(within, one).backward()
