@@ -140,6 +140,13 @@ def test_reused_rollouts():
     torch.testing.assert_close(weighted.importance_weights, ratio.clamp(max=control.MAX_WEIGHT))
 
 
+def test_old_rollouts_have_left_the_policy():
+    """So that their ratios, told apart by age, are further from one."""
+    row = control.train(replace(RUN, reuse=2))[-1]
+    assert 0 < row["moment_age0"] < row["moment_age1"]
+    assert "moment_age2" not in row
+
+
 def test_minibatches_grow_with_reuse(monkeypatch):
     sizes = []
 
