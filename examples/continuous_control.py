@@ -254,6 +254,18 @@ def would_clip(out: R2VPOOutput, batch: Batch) -> Tensor:
     return centred.sign() * change > PPO_CLIP
 
 
+def measures(out: R2VPOOutput, batch: Batch, method: Method) -> dict[str, Tensor]:
+    """Of one optimizer step; the ratio's second moment for each age that it has rollouts of."""
+    stats = out.stats.weight, out.stats.d_sq_sum
+    weight, d_sq_sum = (x.view(-1, ENVIRONMENTS).sum(1) for x in stats)
+    return {
+        "ratio_var": pooled(out.stats, method.center),
+        "coef": method.coef,
+        "cut": would_clip(out, batch).float().mean(),
+        **dict(zip(AGES, d_sq_sum / weight, strict=False)),
+    }
+
+
 def train(run: Run) -> list[Row]:
     """RECORDS rows, each of means over its part of the run."""
     torch.manual_seed(run.seed)
@@ -282,13 +294,8 @@ def train(run: Run) -> list[Row]:
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), MAX_GRAD_NORM)
                 optimizer.step()
-                stats = (out.stats.weight, out.stats.d_sq_sum)
-                weight, d_sq_sum = (x.view(-1, ENVIRONMENTS).sum(1) for x in stats)
-                measured["ratio_var"].append(pooled(out.stats, method.center))
-                measured["coef"].append(method.coef)
-                measured["cut"].append(would_clip(out, part).float().mean())
-                for name, moment in zip(AGES, d_sq_sum / weight, strict=False):
-                    measured[name].append(moment)
+                for name, value in measures(out, part, method).items():
+                    measured[name].append(value)
         weights = batch.importance_weights
         measured["weight_ess"].append(weights.mean() ** 2 / (weights**2).mean())
         measured["std"].append(agent.log_std.detach().exp().mean())
