@@ -1,7 +1,7 @@
 """Continuous control: PPO with its clip, and with the ratio's variance held instead.
 
     python examples/continuous_control.py          # a short form, under 10 minutes on two cores
-    python examples/continuous_control.py --full   # all of it, with its sweep
+    python examples/continuous_control.py --full   # all of it, with its sweep: some 8 hours
     python examples/control_report.py              # tables and figures of what has been run so far
 
 PPO as its well-known single-file implementations have it (observations and rewards normalised,
@@ -66,9 +66,10 @@ REUSES, CORRECTIONS = (1, 2, 4, 6), ("behaviour", "weighted")
 REUSE_TASKS = SWEEP_TASKS = ("cheetah-run", "ball_in_cup-catch", "cheetah-run-changing")
 SEEDS, REUSE_SEEDS, SWEEP_SEEDS = range(5), range(3), range(100, 102)
 UPDATES = 1_000_000 // BATCH
-SWEEP_UPDATES = REUSE_UPDATES = SHORT_UPDATES = UPDATES // 2
+REUSE_UPDATES = SHORT_UPDATES = UPDATES // 2
+SWEEP_UPDATES = 3 * UPDATES // 10
 SHORT_METHODS = ("ppo-clip", "fixed-one", "dual-one")
-RATES, EPSILONS = (3e-4, 1e-3), (0.2, 0.5, 1.0)
+RATES, EPSILONS = (3e-4, 1e-3), (0.1, 0.2, 0.5, 1.0)
 SWEEP = Path(__file__).parent / "control" / "sweep.csv"
 
 
@@ -383,7 +384,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add(
-        "--full", action="store_true", help="the sweep, all tasks, 5 seeds: some HOURS on two cores"
+        "--full",
+        action="store_true",
+        help="the sweep, all tasks, 5 seeds: some 8 hours on two cores",
     )
     add("--out", type=Path, help="folder to write (default: control, with --full control/full)")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
