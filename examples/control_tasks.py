@@ -44,7 +44,7 @@ TASKS = {
     "cartpole-swingup_sparse": Task("CartpoleSwingupSparse-v1", "sparse"),
     "ball_in_cup-catch": Task("BallInCupCatch-v1", "sparse"),
     "finger-turn_hard": Task("FingerTurnHard-v1", "sparse"),
-    "pendulum-swingup": Task("PendulumSwingup-v1", "sparse"),
+    "reacher-hard": Task("ReacherHard-v1", "sparse"),
     # Three actuators of the back leg, three of the front. Dm_control's motors are linear in the
     # control: a factor on it is a factor on their gear.
     "cheetah-run-changing": Task(

@@ -258,7 +258,7 @@ def test_report(tmp_path, monkeypatch, capsys):
         row = dict.fromkeys(control.MEASURED, 0.04) | {"return": value}
         return [row | {"update": run.updates * part // 3} for part in (1, 2, 3)]
 
-    tasks, methods = ("cheetah-run", "pendulum-swingup"), ("ppo-clip", "dual-one")
+    tasks, methods = ("cheetah-run", "reacher-hard"), ("ppo-clip", "dual-one")
     lists = {
         "results": control.main_runs(VALUES, tasks, methods, range(2)),
         "reuse": control.reuse_runs(VALUES, tasks[:1], (1, 2), methods, range(2)),
