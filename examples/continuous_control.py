@@ -64,10 +64,10 @@ METHODS = (
 REUSE_METHODS = ("ppo-clip", "fixed-one", "dual-one", "fenchel-one")
 REUSES, CORRECTIONS = (1, 2, 4, 6), ("behaviour", "weighted")
 REUSE_TASKS = SWEEP_TASKS = ("cheetah-run", "ball_in_cup-catch", "cheetah-run-changing")
-SEEDS, REUSE_SEEDS, SWEEP_SEEDS = range(5), range(3), range(100, 102)
-UPDATES = 1_000_000 // BATCH
-REUSE_UPDATES = SHORT_UPDATES = UPDATES // 2
-SWEEP_UPDATES = 3 * UPDATES // 10
+# What was looked at before the sweep had seed 0.
+SEEDS, REUSE_SEEDS, SWEEP_SEEDS = range(1, 6), range(1, 4), range(100, 102)
+UPDATES = REUSE_UPDATES = 500_000 // BATCH
+SWEEP_UPDATES, SHORT_UPDATES = 3 * UPDATES // 5, UPDATES // 2
 SHORT_METHODS = ("ppo-clip", "fixed-one", "dual-one")
 RATES, EPSILONS = (3e-4, 1e-3), (0.1, 0.2, 0.5, 1.0)
 SWEEP = Path(__file__).parent / "control" / "sweep.csv"
