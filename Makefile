@@ -7,7 +7,7 @@ GPU_PARTS = gpu-parity gpu-launches gpu-bench gpu-memory gpu-tune
 
 .PHONY: quick test test-all test-interpreter test-others all-interpreter all-interpreter-linear \
 	all-others all-avx2 test-torch demo study bench bench-linear gpu $(GPU_PARTS) sanitize \
-	lint docs clean
+	lint docs hub clean
 
 # Each part is one process without threads that wait for another's, two at a time. Its output goes to
 # build/, with a line of progress now and then, and is shown when it is done. MAKEFLAGS would tell a
@@ -105,6 +105,16 @@ lint: $(VENV)/ready
 # The site, into build/site; a link that leads nowhere is an error.
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
+# For the Hugging Face Hub: what runs without a compiler, without what imports the package by name.
+HUB = build/hub
+hub:
+	rm -rf $(HUB)
+	mkdir -p $(HUB)/torch-ext
+	cp hub/* $(HUB)
+	cp -r r2vpo_kernels $(HUB)/torch-ext
+	cd $(HUB)/torch-ext/r2vpo_kernels && rm -rf integrations backends/*.so backends/build_report.json
+	find $(HUB) -name __pycache__ -prune -exec rm -r {} +
 
 $(VENV)/docs: $(VENV)/ready requirements-docs.txt
 	$(RUN) -m pip install --quiet --no-compile --requirement requirements-docs.txt
