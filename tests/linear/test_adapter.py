@@ -95,7 +95,7 @@ def with_adapter(inputs, rank, dtype, seed=0):
     return inputs | {name: x.to(device, dtype) for name, x in more.items()}
 
 
-@settings(max_examples=20)
+@pytest.mark.slow_in_interpreter
 @given(
     linear_cases(),
     st.sampled_from([1, 3, 6]),
