@@ -52,14 +52,15 @@ all-avx2:
 		$(PART) tests/kernels/test_parity.py tests/kernels/test_laws.py \
 		tests/kernels/test_known_bugs.py tests/linear -m "not interpreter" -k "not cuda" $(TOLD)
 
-# The package alone with another torch, in an environment of its own, without trainers and tools.
+# The package alone with another torch, in an environment of its own, without trainers and tools. The
+# installed package is tested: `python -m pytest` would take the one in this folder.
 TORCH ?= 2.11.0
 OTHER = build/torch-$(TORCH)
 test-torch:
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet torch==$(TORCH) numpy pytest hypothesis pybind11 ninja
 	$(OTHER)/bin/python -m pip install --quiet .
-	R2VPO_TEST_EXAMPLES=5 OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -m "not slow" \
+	R2VPO_TEST_EXAMPLES=5 OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -q -m "not slow" \
 		tests/reference tests/kernels
 
 demo: $(VENV)/ready
