@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,7 +24,7 @@ CSRC = Path("csrc")
 # Contraction is by hand, so that kernels that share a function give the same bits; infinities and
 # NaN are values like any other.
 FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno "
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
     "-fno-trapping-math -Wall -Wextra -Wno-unknown-warning-option -Wno-psabi "
     "-Wno-maybe-uninitialized"
 )
@@ -34,6 +35,8 @@ INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
     INSTRUCTION_SETS["avx512"] = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+# Python's symbols are those of the process that loads an extension: Apple's linker must be told.
+LINK_FLAGS = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
 
 NINJA = """
 rule cxx
@@ -45,7 +48,7 @@ rule nvcc
   depfile = $out.d
   deps = gcc
 rule link
-  command = {cxx} -shared -fopenmp {link_flags} $in -o $out
+  command = {cxx} -shared {link_flags} $in -o $out
 rule nvcc_link
   command = {nvcc} -shared -cudart static $in -o $out
 """
@@ -65,6 +68,16 @@ def find_compiler():
     raise CannotBuild(
         f"no C++ compiler was found (looked for {', '.join(command[0] for command in commands)})"
     )
+
+
+def has_openmp(compiler):
+    """Apple's has not: `CXXFLAGS="-Xclang -fopenmp" LDFLAGS=-lomp` adds it where libomp is."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.write_text("void nothing() {}\n")
+        command = [*compiler, "-shared", "-fPIC", "-fopenmp", *shlex.split(LINK_FLAGS)]
+        run = subprocess.run([*command, str(source), "-o", f"{folder}/out"], capture_output=True)
+    return run.returncode == 0
 
 
 def pybind11_headers():
@@ -155,7 +168,9 @@ class BuildWithNinja(build_ext):
             raise CannotBuild("the build needs ninja, which is not installed") from None
         includes = [pybind11_headers(), sysconfig.get_path("include")]
         searched = [f"-isystem {shlex.quote(path)}" for path in includes]
-        flags = [FLAGS, *searched, os.environ.get("CXXFLAGS", "")]
+        openmp = has_openmp(compiler)
+        flags = [FLAGS, "-fopenmp" if openmp else "-Wno-unknown-pragmas", *searched]
+        link_flags = [LINK_FLAGS, "-fopenmp" if openmp else ""]
         targets = (f"-gencode arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS)
         nvcc_flags = [NVCC_FLAGS, *targets, *searched]
         folder = Path(self.build_temp).resolve()
@@ -164,10 +179,10 @@ class BuildWithNinja(build_ext):
         lines = [
             NINJA.format(
                 cxx=escaped(shlex.join(compiler)),
-                flags=escaped(" ".join(flags)),
+                flags=escaped(" ".join([*flags, os.environ.get("CXXFLAGS", "")])),
                 nvcc=escaped(shutil.which("nvcc")),
                 nvcc_flags=escaped(" ".join(nvcc_flags)),
-                link_flags=escaped(os.environ.get("LDFLAGS", "")),
+                link_flags=escaped(" ".join([*link_flags, os.environ.get("LDFLAGS", "")])),
             )
         ]
         objects = list(objects_of(ext))
@@ -188,7 +203,8 @@ class BuildWithNinja(build_ext):
             raise CannotBuild(f"{name} failed: {first_error(run.stdout)}")
         version = version_of(["nvcc"], "release") if on_gpu else version_of(compiler)
         built_for = (f"sm_{t}" for t in CUDA_TARGETS) if on_gpu else INSTRUCTION_SETS
-        return f"built by {version} for {', '.join(built_for)}"
+        threads = "" if on_gpu or openmp else " without OpenMP, so with one thread"
+        return f"built by {version}{threads} for {', '.join(built_for)}"
 
 
 def extension(name, sources):

@@ -128,7 +128,11 @@ def may_synchronise(value: Tensor) -> bool:
     return not value.is_cuda or os.environ.get("R2VPO_KERNELS_VALIDATE") == "1"
 
 
-@torch.library.custom_op("r2vpo_kernels::check", mutates_args=())
+# Of the ops: the name that the package is imported by. Two copies in a process do not meet.
+NAMESPACE = __name__.rpartition(".")[0]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::check", mutates_args=())
 def check(value: Tensor, ok: Tensor, shown: Tensor, name: str, expected: str) -> Tensor:
     """`value`, having made sure of `ok` (0-dim or like value): an op, to survive torch.compile.
 

@@ -34,6 +34,7 @@ from .batch import Batch
 from .checks import (
     KL_ESTIMATORS,
     MISSING_LABELS,
+    NAMESPACE,
     POLICY_LOSSES,
     check_choice,
     check_device,
@@ -49,7 +50,7 @@ VECTOR_BYTES = 16
 # What labels are not checked against before the shards of a vocabulary meet.
 UNKNOWN_VOCABULARY = 2**62
 
-_LIBRARY = torch.library.Library("r2vpo_kernels", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def register(
@@ -74,8 +75,8 @@ def register(
         mutates = "(a!)" in schema
         _LIBRARY.define(definition, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, checked, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"r2vpo_kernels::{name}", fake, lib=_LIBRARY)
-        overload = getattr(torch.ops.r2vpo_kernels, name).default
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
         def call(*arguments: Any) -> Any:
             if torch.compiler.is_compiling() or not _are_plain(arguments):

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from .checks import NAMESPACE
+
 # The order in which `reference` and the kernels write metrics.
 METRICS = (
     "ratio/mean",
@@ -134,7 +136,7 @@ register_pytree_node(
     RatioStats,
     lambda stats: ([stats.weight, stats.d_sum, stats.d_sq_sum], None),
     lambda fields, _: RatioStats(*fields),
-    serialized_type_name="r2vpo_kernels.RatioStats",
+    serialized_type_name=f"{NAMESPACE}.RatioStats",
 )
 register_pytree_node(
     R2VPOOutput,
@@ -143,5 +145,5 @@ register_pytree_node(
         (out._has_ref, out._has_support, out._has_clip),
     ),
     lambda fields, has: R2VPOOutput(*(*fields, *has)),
-    serialized_type_name="r2vpo_kernels.R2VPOOutput",
+    serialized_type_name=f"{NAMESPACE}.R2VPOOutput",
 )

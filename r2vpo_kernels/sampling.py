@@ -12,6 +12,7 @@ from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from .checks import (
     MISSING_LABELS,
+    NAMESPACE,
     MissingLabel,
     check_choice,
     check_device,
@@ -294,7 +295,7 @@ register_pytree_node(
     SamplingMask,
     lambda mask: (list(mask.tensors()), mask.missing_label),
     lambda tensors, missing_label: SamplingMask.of(*(*tensors, missing_label)),
-    serialized_type_name="r2vpo_kernels.SamplingMask",
+    serialized_type_name=f"{NAMESPACE}.SamplingMask",
     flatten_with_keys_fn=lambda mask: (
         [(GetAttrKey(n), getattr(mask, n)) for n in ("token_ids", "offsets", "largest")],
         mask.missing_label,

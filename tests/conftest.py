@@ -79,7 +79,10 @@ def device():
     return torch.device(DEVICE_NAME)
 
 
-@pytest.fixture(scope="module", params=["native", "float32"])
+@pytest.fixture(
+    scope="module",
+    params=["native", pytest.param("float32", marks=pytest.mark.slow_in_interpreter)],
+)
 def halves(request):
     """How a CPU multiplies them, whatever its units; in blocks of which a product needs several."""
     with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +131,7 @@ def _gate_comes_last(session):
     if gate and not session.config.option.collectonly:
         from support.aot import start_compiling
 
-        start_compiling()
+        start_compiling(dict.fromkeys(item.callspec.params["report"] for item in gate))
         session.items[:] = [item for item in session.items if item not in gate] + gate
 
 

@@ -573,8 +573,9 @@ class LinearLogits:
     def _reference_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Eq. 27, of operands of `dtype`, in `logits_dtype`."""
         kind = self.hidden.device.type
-        known = torch.amp.is_autocast_available(kind)
-        with torch.autocast(kind, enabled=False) if known else contextlib.nullcontext():
+        with (
+            torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext()
+        ):
             hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
             bias = None if bias is None else bias.to(self.dtype)
             dtype = self.logits_dtype
@@ -620,10 +621,16 @@ def _check_dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got a {kind}, expected a plain, dense tensor of floats")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def _has_autocast(kind: str) -> bool:
+    # A strict export by torch 2.11 does not trace it.
+    return torch.amp.is_autocast_available(kind)
+
+
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     kind = hidden.device.type
     # Of a device that knows no autocast, torch raises when it is asked.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return None if hidden.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 

@@ -20,7 +20,7 @@ from .. import ops, reference
 from ..backends import registry
 from ..backends.calls import SHARD_FAULT
 from ..batch import Batch
-from ..checks import check, may_synchronise
+from ..checks import NAMESPACE, check, may_synchronise
 from ..objective import Objective
 from ..sampling import SamplingMask
 from .autograd import refuse_double_backward
@@ -44,7 +44,7 @@ def _ranks(group: str) -> dist.ProcessGroup:
     return _resolve_process_group(group)  # type: ignore[arg-type]
 
 
-@torch.library.custom_op("r2vpo_kernels::shard_layout", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::shard_layout", mutates_args=())
 def _layout(
     anything: Tensor, kind: str, names: str, lengths: list[int], shapes: list[int], error: str,
     group: str,
@@ -84,7 +84,7 @@ def _(anything, kind, names, lengths, shapes, error, group):
     return anything.new_empty(2 + _ranks(group).size(), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("r2vpo_kernels::all_reduce", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::all_reduce", mutates_args=())
 def _all_reduce(x: Tensor, op: str, group: str) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, getattr(dist.ReduceOp, op), group=_ranks(group))

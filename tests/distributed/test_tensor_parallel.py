@@ -16,8 +16,6 @@ from r2vpo_kernels import (
     token_logps,
 )
 
-RANKS = (2, 4)
-
 
 @pytest.fixture(autouse=True)
 def _on_a_cpu(device):
@@ -63,7 +61,7 @@ def jobs(**counts):
     ]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_call_is_within_the_budget(ranks, tmp_path):
     """cpp and eager on many, what is simulated on a few; logits and a head."""
     drawn_jobs = jobs(cpp=40, eager=10, triton=5)

@@ -16,6 +16,7 @@ from r2vpo_kernels.integrations import Trainer
 from r2vpo_kernels.integrations.hook import Settings
 
 
+@pytest.mark.slow
 def test_the_package_imports_no_framework():
     code = (
         "import sys, r2vpo_kernels, r2vpo_kernels.integrations\n"

@@ -816,6 +816,7 @@ def check_fsdp_on_ranks(rank, path):
     assert_same((loss, {n: g.full_tensor() for n, g in gradients.items()}), expected)
 
 
+@pytest.mark.slow
 def test_ranks_are_one_batch(tmp_path):
     """DDP and FSDP2 over gloo: gradients, means, the dual, Fenchel's λ, metrics, group ids."""
     run_on(RANKS, tmp_path, on_a_rank, tmp_path)

@@ -5,8 +5,13 @@ import json
 import pytest
 from support.aot import OBJECTIVES, REPORTS, TARGETS, compilation, name
 
+# A target takes minutes: `make test` has one.
+SLOW = [target for target in TARGETS if target != "sm_90"]
 
-@pytest.fixture(scope="module", params=TARGETS)
+
+@pytest.fixture(
+    scope="module", params=["sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in SLOW)]
+)
 def report(request):
     run = compilation(request.param)
     assert run.returncode == 0, run.stderr[-4000:]

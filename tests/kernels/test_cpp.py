@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
+from support import wheel
 from support.harness import check_case
 from support.strategies import DTYPES, cases, uneven_rows
 from support.tolerance import U
@@ -248,3 +249,23 @@ def test_an_empty_name_of_a_compiler_and_a_path_with_a_space_compile(tmp_path):
     report = build(folder, folder, CXX="", CXXFLAGS="-O0")
     assert report["cpp"].startswith("built by")
     assert list(folder.rglob("_cpp*.so"))
+
+
+@pytest.mark.slow
+def test_a_compiler_without_openmp_gives_one_thread(tmp_path):
+    """As Apple's: the same source, and what a wheel must be."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase " $* " in *" -fopenmp "*) exit 1;; *) exec g++ "$@";; esac\n'
+    )
+    compiler.chmod(0o755)
+    report = build(tmp_path, CXX=str(compiler), CXXFLAGS="-O0")
+    assert " without OpenMP, so with one thread for " in report["cpp"]
+    package = tmp_path / "r2vpo_kernels"
+    shutil.copytree(ROOT / "r2vpo_kernels", package, ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(tmp_path / "lib" / "r2vpo_kernels", package, dirs_exist_ok=True)
+    run = subprocess.run(
+        [sys.executable, wheel.__file__], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr

@@ -87,6 +87,7 @@ def test_3_temperature_applies_once(backend, device, temperature):
     assert torch.equal(logps, out.logps)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("vocabulary", [1, 2, 3, 31, 32, 33, 63, 65, 127, 128, 129, 257])
 def test_4_any_vocabulary_gives_probabilities(backend, device, vocabulary):
     logits, labels, old_logps, advantages = batch(device, vocabulary)
@@ -99,6 +100,7 @@ def test_4_any_vocabulary_gives_probabilities(backend, device, vocabulary):
     check_case(logits, labels, keywords, backend)
 
 
+@pytest.mark.slow_in_interpreter
 def test_5_the_upstream_gradient_may_be_expanded_or_strided(backend, device):
     logits, labels, old_logps, advantages = batch(device)
     whole = torch.randn(4, 3, device=device)
@@ -174,6 +176,7 @@ def test_6_only_distances_from_the_maximum_count(kernels, device, huge, temperat
     check_case(logits, labels, keywords | {"entropy_coef": 0.1}, kernels)
 
 
+@pytest.mark.slow_in_interpreter
 def test_7_ratios_that_overflow_stay_finite(backend, device):
     logits, labels, old_logps, advantages = batch(device)
     advantages[0] = 0.0
@@ -264,6 +267,7 @@ def test_9_in_place_takes_no_second_buffer(kernels, device):
         assert gradient.data_ptr() == seen.data_ptr()
 
 
+@pytest.mark.slow_in_interpreter
 def test_10_entropy_reaches_the_logits_on_every_route(backend, device):
     logits, labels, old_logps, advantages = batch(device)
     for keywords in ({}, {"center": "group"}, {"ratio_level": "sequence"}, {"reduction": "none"}):

@@ -372,6 +372,7 @@ def test_a_vocabulary_of_one_word_has_no_gradient(backend, device):
     assert not out.logps.any() and not logits.grad.any()
 
 
+@pytest.mark.slow_in_interpreter
 def test_packed_and_padded_batches_agree(backend, device):
     """Sequences of different lengths, one of them empty, with and without padding."""
     logits, labels, old_logps, advantages, _ = draw(device, batch=4, length=5)
@@ -405,6 +406,7 @@ def test_a_packed_batch_without_sequences_takes_groups_per_token(backend, device
     assert out.stats.weight.tolist() == [2, 3, 1, 0]
 
 
+@pytest.mark.slow_in_interpreter
 def test_a_second_backward_gives_the_same_bits(backend, device):
     for inplace, center, sampled in product((False, True), ("one", "group"), (False, True)):
         logits, labels, old_logps, advantages, _, sets = draw_sampled(device)
@@ -632,6 +634,7 @@ def test_parts_of_a_mask_go_with_parts_of_the_batch(backend, device, dtype, kind
         assert torch.equal(found_gradient, gradient[rows])
 
 
+@pytest.mark.slow_in_interpreter
 def test_calls_that_share_a_mask_do_not_disturb_each_other(backend, device):
     """Two forward passes, then their backward passes; and both graphs once more."""
     logits, labels, old_logps, advantages, _, sets = draw_sampled(device)

@@ -522,6 +522,7 @@ def negated(x):
     return torch.complex(torch.zeros_like(x), -x).conj().imag
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("disguise", [Wrapped, negated])
 @pytest.mark.parametrize("center", ["one", "group"])
 def test_what_does_not_lie_in_memory_as_it_reads(kernels, device, disguise, center):

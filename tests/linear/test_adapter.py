@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from support.harness import Adapted, check_linear_case, truth_of
@@ -95,7 +95,7 @@ def with_adapter(inputs, rank, dtype, seed=0):
     return inputs | {name: x.to(device, dtype) for name, x in more.items()}
 
 
-@settings(max_examples=20)
+@pytest.mark.slow_in_interpreter
 @given(
     linear_cases(),
     st.sampled_from([1, 3, 6]),
@@ -109,7 +109,6 @@ def test_any_call_is_within_the_budget(backend, device, halves, linear, rank, dt
 
 
 @pytest.mark.slow_in_interpreter
-@settings(max_examples=10)
 @given(linear_cases(dtype=torch.float32), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_under_autocast_all_products_are_in_its_dtype(kernels, device, halves, linear, dtype):
     inputs, labels, options, keywords = linear.tensors(device)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from support.harness import check_linear_case, truth_of
 from support.launches import count_launches
 from support.ops import COMPILER, check_op
@@ -62,7 +62,6 @@ def run(hidden, weight, *arguments, upstream=1.0, **keywords):
     return out, *torch.autograd.grad(out.loss.sum() * upstream, leaves)
 
 
-@settings(max_examples=20)
 @given(linear_cases())
 def test_any_call_is_within_the_budget(backend, device, halves, linear):
     inputs, labels, head, keywords = linear.tensors(device)
@@ -70,7 +69,6 @@ def test_any_call_is_within_the_budget(backend, device, halves, linear):
 
 
 @pytest.mark.slow_in_interpreter
-@settings(max_examples=20)
 @given(linear_cases(center="one", level="token", reduction="token-mean"))
 def test_the_one_pass_route_is_within_the_budget(kernels, device, halves, linear):
     inputs, labels, head, keywords = linear.tensors(device)
@@ -499,7 +497,6 @@ def test_gradients_come_in_the_dtypes_of_the_parameters(device, halves):
 
 
 @pytest.mark.slow_in_interpreter
-@settings(max_examples=10)
 @given(linear_cases(masking="bool"))
 def test_nothing_at_a_masked_token_matters(backend, device, halves, linear):
     """NaN in the hidden states there: the same bits, a gradient of exact zeros."""

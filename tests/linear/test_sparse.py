@@ -241,6 +241,7 @@ def test_what_nobody_kept_is_not_read(always, device):
     assert not found[1][~kept].any()
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("name", ["hidden", "weight"])
 def test_a_head_that_lies_by_columns(always, device, name):
     leaves, labels, keywords = draw(device)
@@ -253,6 +254,7 @@ def test_a_head_that_lies_by_columns(always, device, name):
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.slow_in_interpreter
 def test_under_autocast_gradients_have_the_dtypes_of_their_leaves(always, device):
     leaves, labels, keywords = draw(device, kind="some empty")
     with torch.autocast(device.type, dtype=torch.bfloat16):

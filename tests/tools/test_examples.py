@@ -14,7 +14,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("loss", ["r2vpo", "ppo-clip", "cispo"])
+OTHERS = [pytest.param(loss, marks=pytest.mark.slow) for loss in ("ppo-clip", "cispo")]
+
+
+@pytest.mark.parametrize("loss", ["r2vpo", *OTHERS])
 def test_train_tiny(loss, tmp_path):
     command = [sys.executable, "examples/train_tiny.py", "--loss", loss, "--steps", "2"]
     run = subprocess.run(

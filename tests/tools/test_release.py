@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import wheel
 from support.release import problems
 
@@ -27,6 +28,7 @@ def test_what_does_not_fit_is_named():
     assert empty.startswith("CHANGELOG.md: got no section '1.2.3'")
 
 
+@pytest.mark.slow
 def test_this_installation_is_what_a_wheel_must_be():
     """The right loss by the C++ kernels, and one OpenMP runtime in the process."""
     run = subprocess.run(
