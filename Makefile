@@ -58,7 +58,8 @@ TORCH ?= 2.11.0
 OTHER = build/torch-$(TORCH)
 test-torch:
 	$(PYTHON) -m venv $(OTHER)
-	$(OTHER)/bin/python -m pip install --quiet torch==$(TORCH) numpy pytest hypothesis pybind11 ninja
+	$(OTHER)/bin/python -m pip install --quiet torch==$(TORCH) numpy pytest hypothesis \
+		pybind11 ninja "setuptools>=77"
 	$(OTHER)/bin/python -m pip install --quiet .
 	R2VPO_TEST_EXAMPLES=5 OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -q -m "not slow" \
 		tests/reference tests/kernels
