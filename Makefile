@@ -33,7 +33,7 @@ test-interpreter:
 	@R2VPO_TEST_EXAMPLES=2 $(PART) -m "interpreter and not slow" $(TOLD)
 
 test-others:
-	@R2VPO_TEST_EXAMPLES=6 $(PART) -m "not interpreter and not slow" $(TOLD)
+	@R2VPO_TEST_EXAMPLES=5 $(PART) -m "not interpreter and not slow" $(TOLD)
 
 # An interpreter takes a hundred times as long for an example as a kernel.
 all-interpreter:
