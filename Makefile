@@ -57,6 +57,7 @@ all-avx2:
 TORCH ?= 2.11.0
 OTHER = build/torch-$(TORCH)
 test-torch:
+	rm -rf build/lib*
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet torch==$(TORCH) numpy pytest hypothesis \
 		pybind11 ninja "setuptools>=77"
