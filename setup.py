@@ -70,14 +70,19 @@ def find_compiler():
     )
 
 
-def has_openmp(compiler):
-    """Apple's has not: `CXXFLAGS="-Xclang -fopenmp" LDFLAGS=-lomp` adds it where libomp is."""
+def openmp_flags(compiler):
+    """What CXXFLAGS and LDFLAGS leave to be added; None where the compiler has no OpenMP."""
+    given = [*shlex.split(LINK_FLAGS), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    libraries = shlex.split(os.environ.get("LDFLAGS", ""))
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "empty.cpp")
-        source.write_text("void nothing() {}\n")
-        command = [*compiler, "-shared", "-fPIC", "-fopenmp", *shlex.split(LINK_FLAGS)]
-        run = subprocess.run([*command, str(source), "-o", f"{folder}/out"], capture_output=True)
-    return run.returncode == 0
+        source = Path(folder, "openmp.cpp")
+        source.write_text("#ifndef _OPENMP\n#error\n#endif\n")
+        for flags in ("", "-fopenmp"):
+            command = [*compiler, "-shared", "-fPIC", *shlex.split(flags), *given, str(source)]
+            command += ["-o", f"{folder}/out", *libraries]
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                return flags
+    return None
 
 
 def pybind11_headers():
@@ -168,9 +173,9 @@ class BuildWithNinja(build_ext):
             raise CannotBuild("the build needs ninja, which is not installed") from None
         includes = [pybind11_headers(), sysconfig.get_path("include")]
         searched = [f"-isystem {shlex.quote(path)}" for path in includes]
-        openmp = has_openmp(compiler)
-        flags = [FLAGS, "-fopenmp" if openmp else "-Wno-unknown-pragmas", *searched]
-        link_flags = [LINK_FLAGS, "-fopenmp" if openmp else ""]
+        openmp = openmp_flags(compiler)
+        flags = [FLAGS, "-Wno-unknown-pragmas" if openmp is None else openmp, *searched]
+        link_flags = [LINK_FLAGS, openmp or ""]
         targets = (f"-gencode arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS)
         nvcc_flags = [NVCC_FLAGS, *targets, *searched]
         folder = Path(self.build_temp).resolve()
@@ -203,7 +208,8 @@ class BuildWithNinja(build_ext):
             raise CannotBuild(f"{name} failed: {first_error(run.stdout)}")
         version = version_of(["nvcc"], "release") if on_gpu else version_of(compiler)
         built_for = (f"sm_{t}" for t in CUDA_TARGETS) if on_gpu else INSTRUCTION_SETS
-        threads = "" if on_gpu or openmp else " without OpenMP, so with one thread"
+        alone = openmp is None and not on_gpu
+        threads = " without OpenMP, so with one thread" if alone else ""
         return f"built by {version}{threads} for {', '.join(built_for)}"
 
 

@@ -37,11 +37,16 @@ def problems(torch_version: str, runtimes: set[str], package: Path) -> list[str]
         found.append(f"torch {torch_version} is too old: pip install 'torch>={oldest}'")
     if len(runtimes) > 1:
         found.append(
-            "two OpenMP runtimes, each with threads of its own: import torch first, and keep one "
-            f"of {', '.join(sorted(runtimes))}"
+            f"{len(runtimes)} OpenMP runtimes, each with threads of its own "
+            f"({', '.join(sorted(runtimes))}): import torch first, or build all with torch's"
         )
     built = [file.stat().st_mtime for file in (package / "backends").glob("_cpp.*")]
     sources = [file for file in (package.parent / "csrc").rglob("*") if file.is_file()]
+    if sources and not (package / "backends" / "build_report.json").exists():
+        found.append(
+            f"this is the source folder {package.parent}, in which nothing is built: leave it, or "
+            "pip install --editable ."
+        )
     changed = [file for file in sources if built and file.stat().st_mtime > max(built)]
     if changed:
         name = changed[0].relative_to(package.parent)

@@ -128,8 +128,8 @@ def may_synchronise(value: Tensor) -> bool:
     return not value.is_cuda or os.environ.get("R2VPO_KERNELS_VALIDATE") == "1"
 
 
-# Of the ops: the name that the package is imported by. Two copies in a process do not meet.
-NAMESPACE = __name__.rpartition(".")[0]
+# Of the ops: the name that the package is imported by. Two copies in a process do not clash.
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::check", mutates_args=())

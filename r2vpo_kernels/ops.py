@@ -59,7 +59,7 @@ def register(
     """Register a function as an op, and return what calls it.
 
     In eager mode that is the function itself: the entries have checked its arguments. Whoever calls
-    torch.ops.r2vpo_kernels has not, and there `check` comes first.
+    torch.ops has not, and there `check` comes first.
     """
 
     def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:

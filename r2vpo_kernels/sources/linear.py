@@ -621,7 +621,7 @@ def _check_dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got a {kind}, expected a plain, dense tensor of floats")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@torch.compiler.assume_constant_result
 def _has_autocast(kind: str) -> bool:
     # A strict export by torch 2.11 does not trace it.
     return torch.amp.is_autocast_available(kind)

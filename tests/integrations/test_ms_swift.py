@@ -17,6 +17,9 @@ import pytest
 import torch
 from support.trainers import Stubs, assert_same
 
+# Its imports alone take ten seconds.
+pytestmark = pytest.mark.slow
+
 STUBS = ("dacite", "einops", "json_repair", "modelscope", "msgspec", "torchvision")
 ROWS, LENGTH, MAX_LENGTH, TOKENS, RANKS = 4, 6, 9, 31, 2
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")

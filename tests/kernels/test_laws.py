@@ -117,6 +117,7 @@ def test_micro_batches_sum_to_the_batch(backend, device, reduction, center, leve
         torch.testing.assert_close(ours, theirs, rtol=scale, atol=scale)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("center", ["one", "group"])
 def test_a_clip_that_no_ratio_reaches_is_none(backend, device, center, level):

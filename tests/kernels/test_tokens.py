@@ -430,6 +430,7 @@ MANY_UNITS = {
 }
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("groups", MANY_UNITS)
 def test_many_units_and_groups(backend, groups):
     layout = MANY_UNITS[groups]

@@ -78,6 +78,7 @@ def test_rows_and_words_of_several_steps_are_within_the_budget(always, device, d
     check_linear_case(*LinearCase(case, wide, True, (), head).tensors(device), always)
 
 
+@pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_a_half_head_are_float32(always, device, dtype):
     leaves, labels, keywords = draw(device, dtype=dtype)
@@ -121,6 +122,7 @@ def test_the_same_bits_every_time_and_with_any_threads(always, device, dtype):
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.slow_in_interpreter
 def test_the_order_of_ids_changes_nothing(always, device):
     leaves, labels, keywords = draw(device)
     mask = keywords["sampling_mask"]

@@ -102,6 +102,7 @@ def test_clip_and_cispo_run_beside_r2vpo_on_the_same_kernels(tmp_path, monkeypat
     assert all(row["status"] == "timed" for row in rows.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy_loss", ["clip", "cispo"])
 @pytest.mark.parametrize("name", ["cpp one-pass", "eager"])
 def test_without_its_clip_a_loss_is_not_timed(tmp_path, monkeypatch, name, policy_loss):

@@ -41,6 +41,7 @@ def demo(monkeypatch):
     return importlib.import_module("train_tiny")
 
 
+@pytest.mark.slow
 def test_train_tiny_top_p(demo, monkeypatch, tmp_path):
     """Without a sampling mask the ratio starts at what top-p kept; with one it starts at 1."""
 

@@ -66,6 +66,7 @@ def test_the_smallest_number_outside_of_a_support_fails():
         check_gradient(gradient, truth, "eager")
 
 
+@pytest.mark.slow_in_interpreter
 def test_a_pooled_sample_errs_at_most_twice_as_much_as_eager(kernels):
     """The second yardstick: RMS over a pooled, seeded sample, against eager in the same dtype."""
     squares = {"eager": 0.0, kernels: 0.0}
