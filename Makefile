@@ -6,8 +6,8 @@ RUN = $(VENV)/bin/python
 GPU_PARTS = gpu-parity gpu-launches gpu-bench gpu-memory gpu-tune
 
 .PHONY: quick test test-all test-interpreter test-others all-interpreter all-interpreter-linear \
-	all-others all-avx2 test-control test-torch demo study control bench bench-linear gpu \
-	$(GPU_PARTS) sanitize lint docs hub clean
+	all-others all-avx2 test-control test-torch demo study bench bench-linear gpu $(GPU_PARTS) \
+	sanitize lint docs hub clean
 
 # Each part is one process without threads that wait for another's, two at a time. Its output goes to
 # build/, with a line of progress now and then, and is shown when it is done. MAKEFLAGS would tell a
@@ -52,7 +52,7 @@ all-avx2:
 		$(PART) tests/kernels/test_parity.py tests/kernels/test_laws.py \
 		tests/kernels/test_known_bugs.py tests/linear -m "not interpreter" -k "not cuda" $(TOLD)
 
-# The one example whose environments `make test` has not.
+# Of examples/continuous_control.py, whose environments have wheels for Linux alone.
 test-control: $(VENV)/control
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/tools/test_control.py
 
@@ -64,7 +64,7 @@ test-torch:
 	rm -rf build/lib*
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet torch==$(TORCH) numpy pytest hypothesis \
-		pybind11 ninja "setuptools>=77"
+		pybind11 ninja "setuptools>=77,<82"
 	$(OTHER)/bin/python -m pip install --quiet .
 	R2VPO_TEST_EXAMPLES=5 OMP_NUM_THREADS=1 $(OTHER)/bin/pytest -q -m "not slow" \
 		tests/reference tests/kernels
@@ -76,11 +76,6 @@ demo: $(VENV)/ready
 study: $(VENV)/ready
 	$(RUN) examples/study_staleness.py
 	$(RUN) examples/study_report.py
-
-# The short form; `--full` has the whole of it. Envpool has wheels for Linux alone.
-control: $(VENV)/control
-	$(RUN) examples/continuous_control.py
-	$(RUN) examples/control_report.py
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/loss.py

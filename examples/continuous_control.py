@@ -406,6 +406,8 @@ def main() -> None:
         results, reuse = main_runs(values), reuse_runs(values)
     else:
         values = chosen(FILES.read(SWEEP))
+        if not values.keys() >= set(SHORT_METHODS):
+            raise SystemExit(f"{SWEEP} lacks what the sweep chooses: --full runs it")
         short = {"tasks": REUSE_TASKS[:2], "methods": SHORT_METHODS, "seeds": SEEDS[:1]}
         results = main_runs(values, **short, updates=SHORT_UPDATES)
         reuse = reuse_runs(values, reuses=(4,), **(short | {"tasks": REUSE_TASKS[:1]}))
