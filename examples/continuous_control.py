@@ -1,7 +1,7 @@
 """Continuous control: PPO with its clip, and with the ratio's variance held instead.
 
     python examples/continuous_control.py          # a short form, under 10 minutes on two cores
-    python examples/continuous_control.py --full   # all of it, with its sweep: some 8 hours
+    python examples/continuous_control.py --full   # all of it, with its sweep: some 5 hours
     python examples/control_report.py              # tables and figures of what has been run so far
 
 PPO as its well-known single-file implementations have it (observations and rewards normalised,
@@ -386,7 +386,7 @@ def main() -> None:
     add(
         "--full",
         action="store_true",
-        help="the sweep, all tasks, 5 seeds: some 8 hours on two cores",
+        help="the sweep, all tasks, 5 seeds: some 5 hours on two cores",
     )
     add("--out", type=Path, help="folder to write (default: control, with --full control/full)")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
