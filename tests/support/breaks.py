@@ -236,8 +236,9 @@ BREAKS = (
     Break(
         "the head's gradient takes in masked tokens, in Triton",
         "r2vpo_kernels/backends/triton/head.py",
-        "known = (place < end) & (tl.load(row, mask=place < end, other=-1) >= 0)",
-        "known = place < end",
+        "known = (place < end) & (tl.load(row, mask=place < end, other=-1) >= 0)\n"
+        "            known &= tl.load(row + tokens * SUPPORT_COUNT, mask=known, other=-1) >= 0\n",
+        "known = place < end\n",
         ("test_sparse and triton and (rows_and_words or dense)",),
     ),
     Break(
