@@ -211,6 +211,22 @@ def test_near_on_policy_the_penalty_keeps_its_digits(backend, device):
     assert out.loss.item() == pytest.approx(0.5 * d**2, rel=16 * U)
 
 
+@pytest.mark.parametrize("entry", ["loss", "logps"])
+def test_near_certainty_the_labels_gradient_keeps_its_digits(kernels, device, entry):
+    """Eq. 8: at p = 1 / (1 + 2⁻¹⁴), whose logp float32 has in full, the gradient is -expm1(logp);
+    of 1 - p what is below 2⁻²⁴ would be lost, 2⁵ times as much as is allowed."""
+    logits = torch.tensor([[[14 * math.log(2), 0.0]]], device=device, requires_grad=True)
+    labels = torch.zeros(1, 1, dtype=torch.long, device=device)
+    if entry == "loss":
+        advantages = -torch.ones(1, device=device)
+        r2vpo_loss(logits, labels, None, advantages, backend=kernels).loss.backward()
+    else:
+        token_logps(logits, labels, backend=kernels).sum().backward()
+    other = math.exp(-logits[0, 0, 0].item())
+    # The distance 14·ln 2 is rounded twice in the exponent.
+    assert logits.grad[0, 0, 0].item() == pytest.approx(other / (1 + other), rel=32 * U)
+
+
 def test_9_in_place_is_refused_where_it_would_destroy(backend, device):
     logits, labels, old_logps, advantages = batch(device)
     leaf = logits.clone().requires_grad_()

@@ -467,6 +467,28 @@ def test_statistics_of_one_group_add_up(device):
     assert total.ess.item() == pytest.approx(1.21 / (1.21 + 0.25 / 3 - 0.01))
 
 
+def test_metrics_are_those_of_the_specification_by_name(backend, device):
+    _, _, logps, advantages, mask = draw(device)
+    generator = torch.Generator().manual_seed(2)
+    drift, gap, entropy = (0.4 * torch.randn(3, *mask.shape, generator=generator)).to(device)
+
+    def metrics(backend, dtype):
+        given = (x.to(dtype) for x in (logps + drift, logps, advantages))
+        return r2vpo_loss_from_logps(
+            *given, mask=mask, entropy=entropy.to(dtype), entropy_coef=0.1,
+            ref_logps=(logps + gap).to(dtype), kl_coef=0.1, policy_loss="clip", clip_range=0.2,
+            variance_coef=0.5, log_ratio_clamp=0.6, backend=backend,
+        ).metrics()  # fmt: skip
+
+    exact, found = metrics("eager", torch.float64), metrics(backend, torch.float32)
+    assert found.keys() == exact.keys()
+    # No two are alike, and one in the place of another would show.
+    assert len({x.item() for x in exact.values()}) == len(exact)
+    for name, value in exact.items():
+        # Sums and means of numbers below 4, each with a few roundings of float32.
+        torch.testing.assert_close(found[name].double(), value, rtol=0, atol=100 * U)
+
+
 def test_per_token_coefficients_express_spo(device):
     """λ = |A| / (2ε) puts the stationary ratio at 1 ± ε for every token."""
     advantages = torch.tensor([[2.0, -0.5, 1.0]], device=device)
