@@ -37,13 +37,13 @@ test-others:
 
 # An interpreter takes a hundred times as long for an example as a kernel.
 all-interpreter:
-	@R2VPO_TEST_EXAMPLES=10 $(PART) -m interpreter --ignore tests/linear $(TOLD)
+	@R2VPO_TEST_EXAMPLES=6 $(PART) -m interpreter --ignore tests/linear $(TOLD)
 
 all-interpreter-linear:
-	@R2VPO_TEST_EXAMPLES=10 $(PART) -m interpreter tests/linear $(TOLD)
+	@R2VPO_TEST_EXAMPLES=5 $(PART) -m interpreter tests/linear $(TOLD)
 
 all-others:
-	@$(PART) -m "not interpreter" $(TOLD)
+	@R2VPO_TEST_EXAMPLES=20 $(PART) -m "not interpreter" $(TOLD)
 
 # Parity once more, as on a processor with neither AVX-512 nor matrix units. Inductor's cache takes
 # what was compiled for one instruction set for any other.
