@@ -29,10 +29,8 @@ again: stop and start as you like.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import os
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from control_tasks import EPISODE, TASKS, make_environments
-from study_runs import Objective, Row, RunFiles, Runs, having, pooled
+from study_runs import Objective, Row, RunFiles, Runs, having, pooled, study_options
 from torch import Tensor, nn
 
 from r2vpo_kernels import R2VPOOutput, r2vpo_loss_from_logps
@@ -381,25 +379,16 @@ def reuse_runs(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add(
-        "--full",
-        action="store_true",
-        help="the sweep, all tasks, 5 seeds: some 5 hours on two cores",
+    full, out, workers = study_options(
+        __doc__.partition("\n")[0],
+        "the sweep, all tasks, 5 seeds: some 5 hours on two cores",
+        default="control",
     )
-    add("--out", type=Path, help="folder to write (default: control, with --full control/full)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    args = parser.parse_args()
-
-    # The two may choose other values for the same cell: they do not share a folder.
-    out = args.out or Path("control", "full" if args.full else "")
-    out.mkdir(parents=True, exist_ok=True)
 
     def finish(name: str, runs: list[Run], path: Path) -> None:
-        FILES.finish(name, runs, path, train, args.workers)
+        FILES.finish(name, runs, path, train, workers)
 
-    if args.full:
+    if full:
         sweep = out / "sweep.csv"
         finish("sweep", sweep_runs(), sweep)
         values = chosen(FILES.read(sweep))

@@ -6,6 +6,7 @@ import argparse
 import csv
 import math
 import multiprocessing
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -170,6 +171,20 @@ def check_unique(path: Path, runs: Runs) -> None:
     for cell, count in cells.items():
         if count > 1:
             raise SystemExit(f"{path} has {count} runs of {cell}: use another folder for each")
+
+
+def study_options(description: str, cost: str, default: str) -> tuple[bool, Path, int]:
+    """Of a study's command line: the full form or not, the folder to write, and the processes."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--full", action="store_true", help=cost)
+    add("--out", type=Path, help=f"folder (default: {default}, with --full {default}/full)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    args = parser.parse_args()
+    # The two forms may choose other values for the same cell: they do not share a folder.
+    out = args.out or Path(default, "full" if args.full else "")
+    out.mkdir(parents=True, exist_ok=True)
+    return args.full, out, args.workers
 
 
 def report_folders(description: str, default: str) -> tuple[Path, Path]:

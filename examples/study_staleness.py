@@ -27,9 +27,7 @@ again: stop and start as you like.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +35,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from study_runs import Objective, Row, RunFiles, pooled
+from study_runs import Objective, Row, RunFiles, pooled, study_options
 from torch import Tensor, nn
 from train_tiny import (
     GROUP,
@@ -284,28 +282,19 @@ def finish(name: str, runs: list[Run], path: Path, workers: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add(
-        "--full",
-        action="store_true",
-        help="the sweep, all ages, 5 seeds: some 80 minutes on two cores",
+    full, out, workers = study_options(
+        __doc__.partition("\n")[0],
+        "the sweep, all ages, 5 seeds: some 80 minutes on two cores",
+        default="study",
     )
-    add("--out", type=Path, help="folder to write (default: study, with --full study/full)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    args = parser.parse_args()
-
     torch.set_num_threads(1)
-    # The two may choose other values for the same cell: they do not share a folder.
-    out = args.out or Path("study", "full" if args.full else "")
-    out.mkdir(parents=True, exist_ok=True)
     sweep, settings, seeds = SWEEP, SHORT_SETTINGS, SEEDS[:2]
-    if args.full:
+    if full:
         sweep, settings, seeds = out / "sweep.csv", SETTINGS, SEEDS
-        finish("sweep", sweep_runs(), sweep, args.workers)
-        finish("dual's steps", dual_runs(FILES.read(sweep)), sweep, args.workers)
+        finish("sweep", sweep_runs(), sweep, workers)
+        finish("dual's steps", dual_runs(FILES.read(sweep)), sweep, workers)
     runs = result_runs(chosen(FILES.read(sweep)), settings, seeds)
-    finish("results", runs, out / "results.csv", args.workers)
+    finish("results", runs, out / "results.csv", workers)
 
 
 if __name__ == "__main__":

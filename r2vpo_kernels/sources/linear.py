@@ -573,9 +573,8 @@ class LinearLogits:
     def _reference_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Eq. 27, of operands of `dtype`, in `logits_dtype`."""
         kind = self.hidden.device.type
-        with (
-            torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext()
-        ):
+        known = _has_autocast(kind)
+        with torch.autocast(kind, enabled=False) if known else contextlib.nullcontext():
             hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
             bias = None if bias is None else bias.to(self.dtype)
             dtype = self.logits_dtype
