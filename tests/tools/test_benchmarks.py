@@ -326,16 +326,13 @@ def test_a_step_that_is_stopped_keeps_what_it_printed(tmp_path):
     assert (tmp_path / "slow.log").read_text().startswith(line)
 
 
-def test_parts_add_up_where_sources_and_device_are_the_same(tmp_path, monkeypatch):
+def test_parts_add_up_where_sources_and_device_are_the_same(tmp_path):
     def step(name):
         return gpu.Step(name, lambda limit, folder: {"ok": True, "note": ""}, 9, 1)
 
-    monkeypatch.setattr(gpu, "BUILD", step("build"))
-    monkeypatch.setattr(gpu, "PARTS", {name: [step(name)] for name in ("a", "b", "c")})
-
     def parts_after(part, device):
         environment = {"sources": "s", "device": device, "torch": "t", "triton": ""}
-        gpu.run_part(part, tmp_path, environment, {})
+        gpu.run_part([step("build"), step(part)], 9, tmp_path, environment, {})
         return json.loads((tmp_path / "gpu.json").read_text())["parts"].keys()
 
     assert parts_after("a", "A") == {"build", "a"}
