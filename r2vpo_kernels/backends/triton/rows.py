@@ -118,44 +118,54 @@ def _store_zeros(row, lead, end, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _first_look(
-    row, lead, end, label, temperature,
-    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    row, lead, end, label, temperature, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Eq. 1 and Eq. 3 in one read: the label's logp, max z, log2 of the sum about it, entropy.
 
-    Each lane keeps m = max z, s = Σ 2^x and r = Σ 2^x·x with x = (z - m)·scale over its columns
-    (Eq. 14): one exponential per element, and threads meet only once per row.
+    Each lane keeps m = max z, s = Σ 2^x and r = Σ 2^x·x with x = (z - m)·scale over its words
+    of VECTOR columns (Eq. 14): one exponential per column and one per word, and threads meet only
+    once per row.
     """
+    LANES: tl.constexpr = BLOCK // VECTOR
     scale = tl.div_rn(LOG2_E, temperature)
     # Every thread reads this one, and in place another thread will overwrite it: the reductions
     # below are the barrier between. A bad label reads nothing and makes logp NaN.
     z_label = tl.load(row + lead + label, mask=label < end - lead, other=float("nan"))
     # The lowest finite number in place of -inf: a block of -inf then meets no inf - inf.
-    m = tl.full([BLOCK], LOWEST, tl.float32)
-    s = tl.zeros([BLOCK], tl.float32)
-    r = tl.zeros([BLOCK], tl.float32)
+    m = tl.full([LANES], LOWEST, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    r = tl.zeros([LANES], tl.float32)
     for block in tl.range(0, tl.cdiv(end, BLOCK), num_stages=STAGES):
-        z = _load(row, block, lead, end, ALIGNED, BLOCK)
-        gap = (z - m) * scale
-        decay = tl.exp2(-tl.abs(gap))
-        rises = gap > 0
+        z = tl.reshape(_load(row, block, lead, end, ALIGNED, BLOCK), [LANES, VECTOR])
+        high = nan_maximum(m, tl.reduce(z, 1, nan_maximum))
+        s, r = _moved(s, r, (m - high) * scale, ENTROPY)
+        x = (z - high[:, None]) * scale
+        e = tl.exp2(x)
+        s += tl.sum(e, 1)
         if ENTROPY:
-            # decay = 0 stands for a factor whose product with an infinite gap is 0.
-            kept = tl.where(rises, (r - gap * s) * decay, r + gap * decay)
-            r = tl.where(decay == 0, tl.where(rises, 0.0, r), kept)
-        s = tl.fma(s, tl.where(rises, decay, 1.0), tl.where(rises, 1.0, decay))
-        m = nan_maximum(m, z)
+            # e = 0 stands for a term that is 0 however far x is off.
+            r += tl.sum(tl.where(e == 0, 0.0, e * x), 1)
+        m = high
     top = tl.reduce(m, 0, nan_maximum)
-    gap = (m - top) * scale
-    decay = tl.exp2(gap)
-    total = tl.sum(s * decay, 0)
+    s, r = _moved(s, r, (m - top) * scale, ENTROPY)
+    total = tl.sum(s, 0)
     log_total = tl.log2(total)
     logp = ((z_label.to(tl.float32) - top) * scale - log_total) * LN_2
     entropy = 0.0
     if ENTROPY:
-        moved = tl.where(decay == 0, 0.0, (r + gap * s) * decay)
-        entropy = (log_total - tl.sum(moved, 0) / total) * LN_2
+        entropy = (log_total - tl.sum(r, 0) / total) * LN_2
     return logp, top, log_total, entropy
+
+
+@triton.jit
+def _moved(s, r, gap, ENTROPY: tl.constexpr):
+    """s and r about a maximum that is higher: gap, in x, is at most 0."""
+    decay = tl.exp2(gap)
+    if ENTROPY:
+        # decay = 0 stands for a factor whose product with an infinite gap is 0.
+        r = tl.where(decay == 0, 0.0, (r + gap * s) * decay)
+    return s * decay, r
 
 
 @triton.jit
@@ -178,17 +188,20 @@ def _second_look(
         p_label = tl.exp(logp)
         at_label -= tl.where(p_label == 0, 0.0, dentropy * p_label * (logp + entropy))
     blocks = tl.cdiv(end, BLOCK)
+    minus_dlogp = -dlogp
     for step in tl.range(0, blocks, num_stages=STAGES):
         block = blocks - 1 - step
         z = _load(row, block, lead, end, ALIGNED, BLOCK)
         log2_p = tl.fma(z - top, scale, -log_total)
         p = tl.exp2(log2_p)
-        dz = -p * dlogp
+        dz = p * minus_dlogp
         if ENTROPY:
             dz -= tl.where(p == 0, 0.0, dentropy * p * (log2_p * LN_2 + entropy))
-        column = block * BLOCK + tl.arange(0, BLOCK) - lead
-        dz = tl.where(column == label, at_label, dz)
         _store(grad_row, block, lead, end, dz, ALIGNED, BLOCK)
+    # Over what another thread has stored there.
+    tl.debug_barrier()
+    at_label = at_label.to(grad_row.dtype.element_ty)
+    tl.store(grad_row + lead + label, at_label, mask=label < end - lead)
 
 
 @triton.jit
@@ -267,8 +280,8 @@ def _scatter(grad_row, lead, end, token_ids, values, count, first_word, ALIGNED:
 @triton.jit
 def _look(
     row, lead, end, label, temperature, token_ids, values, begin, count, first_word,
-    ENTROPY: tl.constexpr, COMPACT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, STEP: tl.constexpr,
+    ENTROPY: tl.constexpr, COMPACT: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The first look at a row or, where it has one, at its support; and the label's place there."""
     place = 0
@@ -283,11 +296,11 @@ def _look(
                 STEP,
             )  # fmt: skip
             logp, top, log_total, entropy = _first_look(
-                values + begin, 0, count, place, temperature, ENTROPY, False, STEP, 1
+                values + begin, 0, count, place, temperature, ENTROPY, False, 1, STEP, 1
             )
     elif not COMPACT:
         logp, top, log_total, entropy = _first_look(
-            row, lead, end, label, temperature, ENTROPY, ALIGNED, BLOCK, STAGES
+            row, lead, end, label, temperature, ENTROPY, ALIGNED, VECTOR, BLOCK, STAGES
         )
     return place, logp, top, log_total, entropy
 
@@ -343,7 +356,7 @@ def logps_forward_kernel(
             temperature = tl.load(workspace + HEADER + tokens * TEMPERATURE + token)
             _label, logp_t, top_t, log_total_t, entropy_t = _look(
                 _row(logits, offset), lead, end, label, temperature, token_ids, values, begin,
-                count, first_word, ENTROPY, COMPACT, ALIGNED, BLOCK, STAGES, STEP,
+                count, first_word, ENTROPY, COMPACT, ALIGNED, VECTOR, BLOCK, STAGES, STEP,
             )  # fmt: skip
         # Tokens of the full vocabulary are left out of compact values.
         ours = (label < 0) | (count >= 0) | (COMPACT == 0)
@@ -438,7 +451,7 @@ def one_pass_kernel(
             temperature = tl.load(workspace + HEADER + tokens * TEMPERATURE + token)
             place, logp, top, log_total, entropy_t = _look(
                 z, lead, end, label, temperature, token_ids, values, begin, count, first_word,
-                ENTROPY, COMPACT, ALIGNED, BLOCK, STAGES, STEP,
+                ENTROPY, COMPACT, ALIGNED, VECTOR, BLOCK, STAGES, STEP,
             )  # fmt: skip
             weight = tl.div_rn(tl.load(workspace + HEADER + tokens * TOKEN_WEIGHT + token), divisor)
             dlogp = _dlogp(logp, workspace, tokens, token, weight, ON_POLICY, POLICY, KL, UNBIASED)
