@@ -47,7 +47,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 # Seconds of a part: 15 short of eight minutes.
 PART_SECONDS = 465.0
-# Those that a process at its limit has to say what it found.
+# What processes at their limit have to say what they found.
 SECONDS_TO_STOP = 5
 # Test files, wherever they are below tests/; those of which more is drawn.
 TESTS = ("parity", "laws", "known_bugs", "ops", "linear", "sparse", "tokens")
@@ -124,13 +124,13 @@ def run_all(
                         stderr=subprocess.STDOUT, start_new_session=True,
                     )  # fmt: skip
                 running[name] = process, time.monotonic()
-            for name, (process, started) in list(running.items()):
-                code = process.poll()
+            codes = {name: process.poll() for name, (process, _) in running.items()}
+            if over:
+                stop([running[name][0] for name, code in codes.items() if code is None])
+            for name, code in codes.items():
                 if code is None and not over:
                     continue
-                if code is None:
-                    stop(process)
-                del running[name]
+                _, started = running.pop(name)
                 text = (folder / f"{name}.log").read_text(errors="replace")
                 done[name] = Run(code, text, time.monotonic() - started)
             if over:
@@ -138,19 +138,26 @@ def run_all(
                 break
             time.sleep(0.05)
     finally:
-        for process, _ in running.values():
-            stop(process)
+        stop([process for process, _ in running.values()])
     return done
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """With all that it started; first it may say what it has found, as pytest does."""
-    os.killpg(process.pid, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(SECONDS_TO_STOP)
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """With all that they started; first they may say what they found, as pytest does."""
+    end = time.monotonic() + SECONDS_TO_STOP
+    for process in processes:
+        send(signal.SIGINT, process)
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
+        send(signal.SIGKILL, process)
+        process.wait()
+
+
+def send(what: signal.Signals, process: subprocess.Popen[bytes]) -> None:
+    """To all of its group, if any is left."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(process.pid, what)
 
 
 def run(name: str, command: Sequence[str], folder: Path, limit: float, **variables: str) -> Run:
