@@ -432,6 +432,11 @@ class Unused(torch.autograd.Function):
         return None
 
 
+def identity(z):
+    """A head whose logits are its hidden states."""
+    return torch.eye(z.shape[-1], device=z.device)
+
+
 LOSSES = {
     "one pass": lambda z, *rest, **k: r2vpo_loss(z, *rest, **k).loss,
     "group": lambda z, *rest, **k: r2vpo_loss(z, *rest, center="group", **k).loss,
@@ -440,13 +445,11 @@ LOSSES = {
         z[..., 0] * 1, *rest, **k
     ).loss,
     "log-probs": lambda z, labels, *_, **k: token_logps(z, labels, **k),
-    "linear": lambda z, *rest, **k: linear_r2vpo_loss(z, torch.eye(40), *rest, **k).loss,
+    "linear": lambda z, *rest, **k: linear_r2vpo_loss(z, identity(z), *rest, **k).loss,
     "linear, group": lambda z, *rest, **k: linear_r2vpo_loss(
-        z, torch.eye(40), *rest, center="group", **k
+        z, identity(z), *rest, center="group", **k
     ).loss,
-    "linear log-probs": lambda z, labels, *_, **k: linear_token_logps(
-        z, torch.eye(40), labels, **k
-    ),
+    "linear log-probs": lambda z, labels, *_, **k: linear_token_logps(z, identity(z), labels, **k),
 }
 
 
@@ -457,9 +460,9 @@ OUTPUTS = {
     "from log-probs": lambda z, labels, *rest, **k: r2vpo_loss_from_logps(
         z[..., 0], *rest, entropy=z[..., 1], entropy_coef=0.1, reduction="none", **k
     ),
-    "linear": lambda z, *rest, **k: linear_r2vpo_loss(z, torch.eye(40), *rest, **k),
+    "linear": lambda z, *rest, **k: linear_r2vpo_loss(z, identity(z), *rest, **k),
     "linear, group": lambda z, *rest, **k: linear_r2vpo_loss(
-        z, torch.eye(40), *rest, center="group", entropy_coef=0.1, **k
+        z, identity(z), *rest, center="group", entropy_coef=0.1, **k
     ),
 }
 
@@ -490,7 +493,7 @@ def test_17_log_probs_may_be_changed_in_place(backend, device, linear):
         leaf = logits.clone().requires_grad_()
         if linear:
             found = linear_token_logps(
-                leaf, torch.eye(40), labels, return_entropy=True, backend=backend
+                leaf, identity(leaf), labels, return_entropy=True, backend=backend
             )
         else:
             found = token_logps(leaf, labels, return_entropy=True, backend=backend)

@@ -127,6 +127,7 @@ READ_AS_THEY_COME = {("mask", "floats"), ("mask", "complex numbers")}
 @pytest.mark.parametrize("op", OPS)
 def test_no_kernel_is_reached_with_an_argument_that_is_wrong(op, kernels, device, monkeypatch):
     """Whoever calls an op: for each of its tensors, and each way in which it can be wrong."""
+    monkeypatch.setenv("R2VPO_KERNELS_VALIDATE", "1")
     _, arguments = op_arguments(device, kernels)
 
     class Trap:
@@ -173,7 +174,8 @@ def test_no_kernel_is_reached_with_an_argument_that_is_wrong(op, kernels, device
 
 
 @pytest.mark.parametrize("op", ["logps_forward", "one_pass", "one_pass_"])
-def test_sets_that_no_sampling_mask_would_have_are_refused(op, kernels, device):
+def test_sets_that_no_sampling_mask_would_have_are_refused(op, kernels, device, monkeypatch):
+    monkeypatch.setenv("R2VPO_KERNELS_VALIDATE", "1")
     _, arguments = op_arguments(device, kernels)
     call, good = getattr(torch.ops.r2vpo_kernels, op), list(arguments[op])
     names = [argument.name for argument in call.default._schema.arguments]

@@ -795,6 +795,8 @@ print(peak_memory(step, device), dtype.itemsize * chunk * vocabulary, 4 * weight
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_memory_is_a_chunk_and_a_float32_sum(device, center, halves, dtype):
     """By measurement, above the inputs, in a process of its own."""
+    if halves and device.type != "cpu":
+        pytest.skip("a GPU has units for halves")
     folder = Path(__file__).parents[2]
     path = os.pathsep.join([str(folder), str(folder / "benchmarks")])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -74,7 +74,8 @@ def test_rows_and_words_of_several_steps_are_within_the_budget(always, device, d
         support="some empty", seed=3,
     )  # fmt: skip
     head = {"softcap": 4.0, "logit_scale": 0.5, "chunk_tokens": None, "compact": True}
-    wide = 1030 if always == "cpp" else 40
+    # Not where small_steps.py makes them small.
+    wide = 1030 if always == "cpp" or device.type != "cpu" else 40
     check_linear_case(*LinearCase(case, wide, True, (), head).tensors(device), always)
 
 
@@ -290,10 +291,14 @@ def test_launches(always, device):
 def test_no_temporary_is_as_large_as_the_kept_rows_of_the_head(always, device):
     if always == "triton" and device.type == "cpu":
         pytest.skip("an interpreter's own temporaries are larger")
-    leaves, labels, keywords = draw(device, n=200, width=64, vocabulary=300)
+    sizes = {"n": 200, "width": 64, "vocabulary": 300}
+    # What a first call compiles, or a library keeps, is none.
+    gradients(*draw(device, **sizes), always)
+    leaves, labels, keywords = draw(device, **sizes)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         gradients(leaves, labels, keywords, always)
-    largest = max(event.cpu_memory_usage for event in seen.events())
+    kind = "cpu_memory_usage" if device.type == "cpu" else "device_memory_usage"
+    largest = max(getattr(event, kind) for event in seen.events())
     ids = keywords["sampling_mask"].token_ids.shape[0]
     # What is returned: the gradient of the head.
     assert leaves[1].nbytes <= largest < ids * 64 * 4

@@ -85,6 +85,8 @@ class _CountOperators(TorchDispatchMode):
         tensors = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
         empty = bool(tensors) and all(x.numel() == 0 for x in tensors)
         name = func.overloadpacket.__name__
-        if not (self.simulating or func.is_view or name in _IDLE or empty):
+        # How `tolist` brings numbers of a GPU to the host, where on a CPU nothing is to be done.
+        to_host = name == "_to_copy" and results.device.type == "cpu" != args[0].device.type
+        if not (self.simulating or func.is_view or name in _IDLE or empty or to_host):
             self.counts[f"{func.namespace}.{name}"] += 1
         return results

@@ -315,7 +315,13 @@ def test_a_route_over_its_budget_is_told(tmp_path, monkeypatch):
 
 def test_a_step_that_is_stopped_keeps_what_it_printed(tmp_path):
     line = json.dumps({"check": "first", "ok": True})
-    script = f"import time; print({line!r}); print({line[:12]!r}); time.sleep(60)"
+    script = f"""
+import time
+try:
+    print({line!r}); print({line[:12]!r}); time.sleep(60)
+finally:
+    print("the end"); time.sleep(60)
+"""
     quick = "print(1)"
     commands = {name: [sys.executable, "-c", x] for name, x in (("slow", script), ("quick", quick))}
     started = time.monotonic()
@@ -324,6 +330,7 @@ def test_a_step_that_is_stopped_keeps_what_it_printed(tmp_path):
     assert done["slow"].code is None and done["quick"].code == 0
     assert gpu.printed_checks(done["slow"].output) == {"first": {"ok": True}}
     assert (tmp_path / "slow.log").read_text().startswith(line)
+    assert done["slow"].output.endswith("the end\n")
 
 
 def test_parts_add_up_where_sources_and_device_are_the_same(tmp_path):
