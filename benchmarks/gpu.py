@@ -1,7 +1,7 @@
 """Everything that only a GPU shows, in parts that each end within eight minutes; no network.
 
     python benchmarks/gpu.py                      # all parts, one after another
-    python benchmarks/gpu.py launches memory      # these
+    python benchmarks/gpu.py launches memory      # these; memcheck or another step alone too
     python benchmarks/gpu.py bench --out FOLDER
 
 parity: parity and laws through pytest on the device, then as many more draws as the time holds.
@@ -569,6 +569,8 @@ PARTS = {
     ],
     "tune": [Step("tune", tune, 450, 60)],
 }
+# What can be asked for: a part, or a step of one.
+ASKED_FOR = {step.name: [step] for steps in PARTS.values() for step in steps} | PARTS
 
 
 def check_imports() -> int:
@@ -669,9 +671,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seconds", type=float, default=PART_SECONDS, help="of a part (default: %(default)s)")
     add("--no-build", action="store_true", help="take the extensions that are there")
     options = parser.parse_args(argv)
-    unknown = [name for name in options.parts if name not in PARTS]
+    unknown = [name for name in options.parts if name not in ASKED_FOR]
     if unknown:
-        parser.error(f"got {unknown[0]!r}, expected one of {', '.join(PARTS)}")
+        parser.error(f"got {unknown[0]!r}, expected one of {', '.join(ASKED_FOR)}")
     try:
         import torch
     except ImportError as error:
@@ -690,7 +692,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in machine.items() if value))
     found: dict[str, Findings] = {}
     for name in options.parts or PARTS:
-        steps = PARTS[name] if options.no_build else [BUILD, *PARTS[name]]
+        steps = ASKED_FOR[name] if options.no_build else [BUILD, *ASKED_FOR[name]]
         run_part(steps, options.seconds, folder, machine, found)
     show(found)
     ok = all(x["ok"] is not False for x in found.values())
