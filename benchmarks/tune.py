@@ -14,7 +14,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from loss import FULL, cell  # first: it finds the package, installed or not
+from loss import COLUMNS, FULL, cell  # first: it finds the package, installed or not
 
 import torch  # isort: skip
 from contenders import contenders
@@ -29,8 +29,6 @@ CANDIDATES = [
     # Threads of a multiprocessor.
     if threads * programs <= 2048
 ]
-COLUMNS = ["n", "v", "dtype", "tuning", "contender", "status", "budget_used", "both_ms"]
-COLUMNS += ["both_iqr_ms", "gb_per_s", "share_of_copy"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 share = f"{row['share_of_copy']:.2f} of a copy"
                 print(f"{v:7} {name:16} {row['contender']:18} {row['both_ms']:8.3f} ms  {share}")
-            write_csv(options.out / "tune.csv", COLUMNS, rows, machine)
+            write_csv(options.out / "tune.csv", ["tuning", *COLUMNS], rows, machine)
     launch.TUNING = as_it_stands
     print(f"written: {options.out}")
     return 0

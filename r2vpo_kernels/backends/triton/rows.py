@@ -570,4 +570,4 @@ def one_pass(logits, dlogits, tokens, index, first, logps, entropy):
 
 def scale(dlogits, upstream):
     """Multiply dlogits in place by the 0-dim upstream; 1 reads and writes nothing."""
-    _launch(scale_kernel, dlogits, None, (upstream,))
+    _launch(scale_kernel, dlogits, None, (upstream,), persistent=True)
