@@ -81,8 +81,9 @@ def draw(
     return Inputs(
         normal(batch, length, vocabulary).requires_grad_(),
         (old_logps + 0.1 * torch.randn_like(old_logps)).requires_grad_(),
-        normal(batch, length, width).requires_grad_(),
-        (normal(vocabulary, width) / width**0.5).requires_grad_(),
+        # Logits of unit variance: log-ratios that no clamp holds, whatever the words.
+        (normal(batch, length, width) / 3).requires_grad_(),
+        (normal(vocabulary, width) / (3 * width**0.5)).requires_grad_(),
         torch.randint(0, vocabulary, (batch, length), device=device),
         old_logps,
         torch.randn(batch, device=device),

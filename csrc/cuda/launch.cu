@@ -25,13 +25,14 @@ void check(cudaError_t error, const char* what) {
 
 template <typename T, typename A, bool kEntropy, bool kSupport, int kHeld>
 __global__ void __launch_bounds__(Gpu::kThreads, kHeld ? 1 : 2)
-    row_kernel(const __grid_constant__ Rows rows, const __grid_constant__ A a, int stages) {
+    row_kernel(const __grid_constant__ Rows rows, const __grid_constant__ A a,
+               const __grid_constant__ Plan plan) {
 #if __CUDA_ARCH__ >= 900
   // A cluster holds what one block cannot.
   if constexpr (kHeld > 0) return;
 #endif
   Gpu gpu;
-  run<Gpu, T, A, kEntropy, kSupport, kHeld>(gpu, rows, a, stages);
+  run<Gpu, T, A, kEntropy, kSupport, kHeld>(gpu, rows, a, plan);
 }
 
 template <typename A>
@@ -85,9 +86,9 @@ struct Launcher {
     if (count == 0) return;
     check(cudaSetDevice(target.device), "cudaSetDevice");
     const std::int64_t words = words_of<T, kSupport>(rows, a);
-    constexpr bool kHolds = may_hold<A, kSupport>();
-    const Plan plan = make_plan(limits_of(target.device), words, kHolds);
-    constexpr int kHeld = kHolds ? held(kEntropy) : 0;
+    constexpr Work work = work_of<A, kSupport>();
+    const Plan plan = make_plan(limits_of(target.device), words, work);
+    constexpr int kHeld = work.may_hold ? held(kEntropy) : 0;
     auto* const function = plan.holds ? row_kernel<T, A, kEntropy, kSupport, kHeld>
                                       : row_kernel<T, A, kEntropy, kSupport, 0>;
     const int bytes = kControl + plan.stages * kChunk * kWordBytes;
@@ -106,7 +107,7 @@ struct Launcher {
     const int resident =
         resident_of(reinterpret_cast<const void*>(function), config, target.device);
     config.gridDim = plan.cluster * static_cast<int>(std::min<std::int64_t>(resident, count));
-    check(cudaLaunchKernelEx(&config, function, rows, a, plan.stages), "cudaLaunchKernelEx");
+    check(cudaLaunchKernelEx(&config, function, rows, a, plan), "cudaLaunchKernelEx");
   }
 
   template <typename A>

@@ -21,8 +21,14 @@ struct Limits {
   bool clusters;
 };
 
+// What a kernel does: sums a row, writes its gradient, and may hold a part of it in registers.
+struct Work {
+  bool sums, writes, may_hold;
+};
+
 struct Plan {
-  int cluster;  // blocks that share a row
+  int shares;   // of a row: each is summed by itself
+  int cluster;  // blocks that a row takes, one for each share or one for all
   int stages;   // of each block's ring
   bool holds;   // registers hold a part of the row, and a block has its multiprocessor for itself
 };
@@ -32,10 +38,11 @@ constexpr int kAhead = 4;
 // Bytes of shared memory that the system takes for itself, for each block.
 constexpr int kReserved = 1024;
 
-// For rows of `words` whole words, and a kernel that may hold a part of them in registers, or may
-// not. How many blocks share a row is the same for both.
-inline Plan make_plan(const Limits& limits, std::int64_t words, bool may_hold, int chunk = kChunk,
-                      int control = kControl) {
+// For rows of `words` whole words. All kernels that sum a row do it by the same shares. Each has a
+// block where it must stay on the chip until the second look; elsewhere a cluster would only leave
+// multiprocessors idle, those that fill no other one.
+inline Plan make_plan(const Limits& limits, std::int64_t words, const Work& work,
+                      int chunk = kChunk, int control = kControl) {
   const auto stages_in = [&](int bytes) {
     const int room = bytes < limits.of_block ? bytes : limits.of_block;
     const int stages = (room - control) / (chunk * kWordBytes);
@@ -47,12 +54,12 @@ inline Plan make_plan(const Limits& limits, std::int64_t words, bool may_hold, i
     const std::int64_t share = (words + cluster - 1) / cluster;
     return (share + chunk - 1) / chunk;
   };
-  const int largest = limits.clusters ? kLargestCluster : 1;
-  for (int cluster = 1; cluster <= largest; cluster *= 2) {
-    if (chunks_in(cluster) + kAhead <= stages) return {cluster, stages, false};
-  }
-  if (limits.clusters) return {kLargestCluster, stages, false};
-  return may_hold ? Plan{1, stages_in(limits.of_block), true} : Plan{1, stages, false};
+  const int largest = limits.clusters && work.sums ? kLargestCluster : 1;
+  int shares = 1;
+  while (shares < largest && chunks_in(shares) + kAhead > stages) shares *= 2;
+  const bool fits = chunks_in(shares) + kAhead <= stages;
+  if (work.may_hold && !limits.clusters && !fits) return {1, 1, stages_in(limits.of_block), true};
+  return {shares, work.writes ? shares : 1, stages, false};
 }
 
 }  // namespace r2vpo

@@ -6,7 +6,8 @@
 // A block is kWarps warps that compute and one that loads. Its shared memory is a ring of stages,
 // into which the loading warp copies a row's chunks in order, as far ahead as stages are free: into
 // the next rows, while this one is computed and stored. A chunk's stage is free again after the
-// last look at it. A cluster of blocks shares out a row that is too long for one.
+// last look at it. A row that is too long for one block has several shares, each summed by itself:
+// by the blocks of a cluster where they are needed twice, else by one block, one after another.
 //
 //     chunks of a row      [0, reload)       [reload, reload + held)    the rest
 //     first look           read, freed       read into registers, freed read
@@ -40,12 +41,13 @@ struct Looks<OnePass> {
   static constexpr bool kFirst = true, kSecond = true;
 };
 
-// Whether registers may hold a part of a row between two looks, in a block that is then alone on its
-// multiprocessor. Not under a sampling mask: most rows there wait for a few kept logits, and two
-// blocks wait for two rows at once.
+// What a plan is made for. Registers may hold a part of a row between two looks, in a block that is
+// then alone on its multiprocessor. Not under a sampling mask: most rows there wait for a few kept
+// logits, and two blocks wait for two rows at once.
 template <typename A, bool kSupport>
-constexpr bool may_hold() {
-  return Looks<A>::kFirst && Looks<A>::kSecond && !kSupport;
+constexpr Work work_of() {
+  return {Looks<A>::kFirst, Looks<A>::kSecond,
+          Looks<A>::kFirst && Looks<A>::kSecond && !kSupport};
 }
 
 // 16 bytes, which is what lanes read and write.
@@ -84,7 +86,7 @@ struct Cursor {
   }
 };
 
-// A row, and this block's share of it.
+// A row, and a share of it.
 template <typename T>
 struct Place {
   static constexpr int kColumns = sizeof(Word) / sizeof(T);  // of a word
@@ -93,11 +95,12 @@ struct Place {
   T* grad_row;
   int head;          // columns before the first 16-byte boundary
   int tail;          // the first column after the last whole word
-  int first, count;  // of the whole words, this block's
+  int share;         // which one; the first has the columns that are in no whole word
+  int first, count;  // of the whole words, the share's
 };
 
-template <typename T, typename Machine>
-R2VPO_DEVICE Place<T> place_of(const Machine& machine, const Rows& rows, std::int64_t row) {
+template <typename T>
+R2VPO_DEVICE Place<T> place_of(const Rows& rows, std::int64_t row, int share, int shares) {
   constexpr int kColumns = Place<T>::kColumns;
   const std::int64_t b = row / rows.length, t = row % rows.length;
   Place<T> place;
@@ -110,10 +113,10 @@ R2VPO_DEVICE Place<T> place_of(const Machine& machine, const Rows& rows, std::in
   place.head = head < columns ? head : columns;
   const int words = (columns - place.head) / kColumns;
   place.tail = place.head + words * kColumns;
-  const int share = (words + machine.cluster() - 1) / machine.cluster();
-  const int first = share * machine.rank();
+  const int most = (words + shares - 1) / shares, first = most * share;
+  place.share = share;
   place.first = first < words ? first : words;
-  place.count = words - place.first < share ? words - place.first : share;
+  place.count = words - place.first < most ? words - place.first : most;
   return place;
 }
 
@@ -147,7 +150,7 @@ R2VPO_TOKEN Support support_of(const RowTokens& a) {
   return kSupport ? a.support : Support{};
 }
 
-// Of a launch: the whole words of a row that blocks share out. Compact values have no rows.
+// Of a launch: the whole words of a row that have shares. Compact values have no rows.
 template <typename T, bool kSupport, typename A>
 R2VPO_TOKEN std::int64_t words_of(const Rows& rows, const A& a) {
   return support_of<kSupport>(a).compact ? 0 : rows.vocabulary / Place<T>::kColumns;
@@ -290,18 +293,24 @@ R2VPO_DEVICE Part gathered(Machine& machine, const Part* parts, int count, float
   return part;
 }
 
-// The sum of the parts of all threads of a cluster. `round` counts the rows that went through here.
+// The sum of the parts of all threads of a block. `round` counts the shares that went through here.
 template <bool kEntropy, typename Machine>
-R2VPO_DEVICE Part reduced(Machine& machine, Control<Machine>& control, Part part, unsigned round,
-                          float scale) {
-  // Two halves take turns: what a slow warp still reads is overwritten two rows later, and before
+R2VPO_DEVICE Part of_share(Machine& machine, Control<Machine>& control, Part part, unsigned round,
+                           float scale) {
+  // Two halves take turns: what a slow warp still reads is overwritten two shares later, and before
   // that all have met again.
   const unsigned turn = round % 2;
   part = merged<kEntropy>(machine, part, kWarpSize, scale);
   if (machine.lane() == 0) control.of_warps[turn][machine.warp()] = part;
   machine.sync_computing();
-  part = gathered<kEntropy>(machine, control.of_warps[turn], Machine::kWarps, scale);
-  if (machine.cluster() == 1) return part;
+  return gathered<kEntropy>(machine, control.of_warps[turn], Machine::kWarps, scale);
+}
+
+// The sum of the parts of a cluster's blocks, each a share. `round` counts likewise.
+template <bool kEntropy, typename Machine>
+R2VPO_DEVICE Part of_row(Machine& machine, Control<Machine>& control, const Part& part,
+                         unsigned round, float scale) {
+  const unsigned turn = round % 2;
   auto& exchanged = control.exchanged[turn];
   if (machine.thread() == 0) machine.expect(exchanged, machine.cluster() * sizeof(Part));
   if (machine.thread() < machine.cluster()) {
@@ -360,18 +369,18 @@ class Walker {
   Control<Machine>& control_;
   const Rows& rows_;
   const Support support_;
-  const int first_word_, stages_;
+  const int first_word_, stages_, shares_;
   Cursor at_;    // the next chunk that comes
   Cursor kept_;  // the first that stays in the ring between the looks
   Word held_[kHeld + 1][Machine::kWords];
   Word nothing_;  // columns of -inf
   float at_edge_ = 0.0f;
-  unsigned round_ = 0;  // rows that were reduced
+  unsigned round_ = 0;  // shares that were summed
 
   // Of the columns that belong to no whole word each of the first threads has one at most.
   R2VPO_DEVICE int edge_of(const Place<T>& place) const {
     const int columns = static_cast<int>(rows_.vocabulary), thread = machine_.thread();
-    if (machine_.rank() != 0) return -1;
+    if (place.share != 0) return -1;
     if (thread < place.head) return thread;
     const int past = thread - kColumns;
     return past >= 0 && past < columns - place.tail ? place.tail + past : -1;
@@ -387,7 +396,7 @@ class Walker {
     }
   }
 
-  // Past the end of this block's share it finds -inf, which adds nothing to a sum.
+  // Past the end of the share it finds -inf, which adds nothing to a sum.
   R2VPO_DEVICE void read(const Place<T>& place, int chunk, int stage,
                          Word (&words)[Machine::kWords]) const {
     const Word* const ring = machine_.ring() + stage * kChunk;
@@ -433,17 +442,17 @@ class Walker {
     });
   }
 
-  // Whether a kept word is this block's: no branch here, so that loads of ids are in flight
-  // together. Each word is one block's alone, compact or not.
+  // Whether a kept word is in the share: no branch here, so that loads of ids are in flight
+  // together. Each word is in one share, compact or not.
   R2VPO_DEVICE bool owns(const Place<T>& place, int column) const {
     const int begin = place.head + place.first * kColumns, end = begin + place.count * kColumns;
     const bool at_edge = (column < place.head) | (column >= place.tail);
-    return ((column >= begin) & (column < end)) | ((machine_.rank() == 0) & at_edge);
+    return ((column >= begin) & (column < end)) | ((place.share == 0) & at_edge);
   }
 
   // body(at, columns) for this thread's words of a row's support, kColumns at a time, so that no
   // chain of additions is longer than in a row of the full vocabulary. The i-th has the mask's id
-  // number at + i·kComputing; columns[i] is its column, or -1 where it is not this block's.
+  // number at + i·kComputing; columns[i] is its column, or -1 where it is not in the share.
   template <typename Body>
   R2VPO_DEVICE void for_each_kept(const Place<T>& place, const Task& task, Body body) const {
     for (int k = machine_.thread(); k < task.count; k += kColumns * kComputing) {
@@ -462,7 +471,7 @@ class Walker {
     }
   }
 
-  // x[i] = value(i) for each word of this block's, else -inf.
+  // x[i] = value(i) for each word of the share, else -inf.
   template <typename Value>
   R2VPO_DEVICE static void fill(float (&x)[kColumns], const int (&columns)[kColumns],
                                 Value value) {
@@ -522,9 +531,10 @@ class Walker {
 
  public:
   R2VPO_DEVICE Walker(Machine& machine, Control<Machine>& control, const Rows& rows,
-                      const Support& support, int stages)
+                      const Support& support, const Plan& plan)
       : machine_(machine), control_(control), rows_(rows), support_(support),
-        first_word_(static_cast<int>(support.first_word)), stages_(stages) {
+        first_word_(static_cast<int>(support.first_word)), stages_(plan.stages),
+        shares_(plan.shares) {
     float z[kColumns];
     R2VPO_UNROLL
     for (int i = 0; i < kColumns; ++i) z[i] = -kInfinity;
@@ -544,7 +554,12 @@ class Walker {
     }
   }
 
-  // The sums of this thread's part of a row that comes through the ring.
+  // The first of the shares that this block takes.
+  R2VPO_DEVICE Place<T> place(std::int64_t row) const {
+    return place_of<T>(rows_, row, machine_.rank(), shares_);
+  }
+
+  // The sums of this thread's part of a share that comes through the ring.
   template <typename A>
   R2VPO_DEVICE void add_loaded(const Place<T>& place, float scale,
                                Sums<kEntropy, kColumns>& sums) {
@@ -575,12 +590,9 @@ class Walker {
     sums.template add<Machine>(edges, scale);
   }
 
+  // The sum of a share; `z_label` counts in the first.
   template <typename A>
-  R2VPO_DEVICE Look first_look(const Place<T>& place, const Task& task, float temperature) {
-    const float scale = kLog2E / temperature;
-    // One thread reads it and hands it on: in place another will overwrite it.
-    float z_label = __builtin_nanf("");
-    if (machine_.speaks()) z_label = label_logit(place, task);
+  R2VPO_DEVICE Part summed(const Place<T>& place, const Task& task, float scale, float z_label) {
     Sums<kEntropy, kColumns> sums;
     if (task.has_support()) {
       for_each_kept(place, task, [&](int at, const int (&columns)[kColumns]) {
@@ -591,7 +603,31 @@ class Walker {
     } else {
       add_loaded<A>(place, scale, sums);
     }
-    const Part all = reduced<kEntropy>(machine_, control_, sums.part(z_label), round_++, scale);
+    return of_share<kEntropy>(machine_, control_, sums.part(z_label), round_++, scale);
+  }
+
+  template <typename A>
+  R2VPO_DEVICE Look first_look(std::int64_t row, const Place<T>& first, const Task& task,
+                               float temperature) {
+    const float scale = kLog2E / temperature;
+    // One thread reads it and hands it on: in place another will overwrite it.
+    float z_label = __builtin_nanf("");
+    if (machine_.speaks()) z_label = label_logit(first, task);
+    Part all = summed<A>(first, task, scale, z_label);
+    if (machine_.cluster() > 1) {
+      all = of_row<kEntropy>(machine_, control_, all, round_ - 1, scale);
+    } else if (shares_ > 1) {
+      // All have met in the share after, before one of them is overwritten.
+      Part* const parts = control_.of_blocks[0];
+      if (machine_.thread() == 0) parts[0] = all;
+      for (int share = 1; share < shares_; ++share) {
+        const Place<T> place = place_of<T>(rows_, row, share, shares_);
+        const Part part = summed<A>(place, task, scale, z_label);
+        if (machine_.thread() == 0) parts[share] = part;
+      }
+      machine_.sync_computing();
+      all = gathered<kEntropy>(machine_, parts, shares_, scale);
+    }
     const float log_total = log2f(all.s);
     const float logp = ((all.z_label - all.top) * scale - log_total) * kLn2;
     const float entropy = kEntropy ? (log_total - all.r / all.s) * kLn2 : 0.0f;
@@ -638,7 +674,7 @@ R2VPO_DEVICE void compute(Machine& machine, const LogpsForward& a, const Common&
   const std::int64_t i = a.token(row);
   Look look = {};
   if (!task.is_masked()) {
-    look = walker.template first_look<LogpsForward>(place, task, a.tokens.temperature(i));
+    look = walker.template first_look<LogpsForward>(row, place, task, a.tokens.temperature(i));
   }
   if (!machine.speaks()) return;
   a.logps[i] = look.logp;
@@ -668,7 +704,7 @@ R2VPO_DEVICE void compute(Machine& machine, const OnePass& a, const Common& comm
     walker.zero(place);
   } else {
     const float temperature = a.tokens.temperature(i);
-    look = walker.template first_look<OnePass>(place, task, temperature);
+    look = walker.template first_look<OnePass>(row, place, task, temperature);
     const Token token = a.tokens.token(i, common.denominator);
     const float dlogp = loss_slope(common.objective, token, look.logp);
     const float dentropy = kEntropy ? entropy_slope(common.objective, token.weight) : 0.0f;
@@ -690,28 +726,31 @@ R2VPO_DEVICE void compute(Machine&, const Scale& a, const Common&, std::int64_t,
 // The loading warp: every chunk of every row, in the order in which the others read them.
 template <typename Machine, typename T, typename A, bool kSupport, int kHeld>
 R2VPO_DEVICE void load_rows(Machine& machine, Control<Machine>& control, const Rows& rows,
-                            const A& a, int stages) {
+                            const A& a, const Plan& plan) {
   constexpr int kChunk = Machine::kChunk;
   const std::int64_t count = rows.batch * rows.length;
   Cursor at;
   for (std::int64_t row = machine.first_row(); row < count; row += machine.row_step()) {
     if (!task_of<kSupport>(a, row).is_loaded()) continue;
-    const Place<T> place = place_of<T>(machine, rows, row);
-    const Schedule schedule = Schedule::of<A, kHeld>(place.count, stages, kChunk);
-    const Word* const words =
-        reinterpret_cast<const Word*>(place.row + place.head) + place.first;
-    const int in_first = Looks<A>::kFirst ? schedule.chunks : 0;
-    const int loads = in_first + (Looks<A>::kSecond ? schedule.reload : 0);
-    for (int load = 0; load < loads; ++load) {
-      const int begin = (load < in_first ? load : load - in_first) * kChunk;
-      const int count = place.count - begin < kChunk ? place.count - begin : kChunk;
-      // The first time round every stage is free.
-      machine.wait(control.empty[at.stage], at.parity ^ 1);
-      // A lane that came here later could miss that phase: the chunk may be read and freed by then.
-      machine.sync_warp();
-      machine.load(machine.ring() + at.stage * kChunk, words + begin, count,
-                   control.full[at.stage]);
-      at.advance(stages);
+    for (int share = machine.rank(); share < plan.shares; share += machine.cluster()) {
+      const Place<T> place = place_of<T>(rows, row, share, plan.shares);
+      const Schedule schedule = Schedule::of<A, kHeld>(place.count, plan.stages, kChunk);
+      const Word* const words =
+          reinterpret_cast<const Word*>(place.row + place.head) + place.first;
+      const int in_first = Looks<A>::kFirst ? schedule.chunks : 0;
+      const int loads = in_first + (Looks<A>::kSecond ? schedule.reload : 0);
+      for (int load = 0; load < loads; ++load) {
+        const int begin = (load < in_first ? load : load - in_first) * kChunk;
+        const int count = place.count - begin < kChunk ? place.count - begin : kChunk;
+        // The first time round every stage is free.
+        machine.wait(control.empty[at.stage], at.parity ^ 1);
+        // A lane that came here later could miss that phase: the chunk may be read and freed by
+        // then.
+        machine.sync_warp();
+        machine.load(machine.ring() + at.stage * kChunk, words + begin, count,
+                     control.full[at.stage]);
+        at.advance(plan.stages);
+      }
     }
   }
 }
@@ -719,9 +758,9 @@ R2VPO_DEVICE void load_rows(Machine& machine, Control<Machine>& control, const R
 // The computing warps: every row of their cluster.
 template <typename Machine, typename T, typename A, bool kEntropy, bool kSupport, int kHeld>
 R2VPO_DEVICE void compute_rows(Machine& machine, Control<Machine>& control, const Rows& rows,
-                               const A& a, int stages) {
+                               const A& a, const Plan& plan) {
   Walker<Machine, T, kEntropy, kHeld> walker(machine, control, rows, support_of<kSupport>(a),
-                                               stages);
+                                               plan);
   const Common common = common_of(machine, a);
   const std::int64_t count = rows.batch * rows.length, step = machine.row_step();
   Task task = task_of<kSupport>(a, machine.first_row());
@@ -729,7 +768,7 @@ R2VPO_DEVICE void compute_rows(Machine& machine, Control<Machine>& control, cons
     // Ahead of the row that waits for it.
     const Task next = row + step < count ? task_of<kSupport>(a, row + step) : task;
     if (!task.is_left_out()) {
-      compute<kEntropy>(machine, a, common, row, task, place_of<T>(machine, rows, row), walker);
+      compute<kEntropy>(machine, a, common, row, task, walker.place(row), walker);
     }
     task = next;
   }
@@ -737,11 +776,11 @@ R2VPO_DEVICE void compute_rows(Machine& machine, Control<Machine>& control, cons
 
 // What each thread of a launch does. A launch has no more clusters than rows.
 template <typename Machine, typename T, typename A, bool kEntropy, bool kSupport, int kHeld>
-R2VPO_DEVICE void run(Machine& machine, const Rows& rows, const A& a, int stages) {
+R2VPO_DEVICE void run(Machine& machine, const Rows& rows, const A& a, const Plan& plan) {
   if (idle(a)) return;
   auto& control = *static_cast<Control<Machine>*>(machine.control());
   if (machine.thread() == 0) {
-    for (int stage = 0; stage < stages; ++stage) {
+    for (int stage = 0; stage < plan.stages; ++stage) {
       machine.start(control.full[stage], Machine::kLoaders);
       machine.start(control.empty[stage], Machine::kWarps);
     }
@@ -750,9 +789,9 @@ R2VPO_DEVICE void run(Machine& machine, const Rows& rows, const A& a, int stages
   }
   machine.sync_cluster();
   if (machine.warp() == Machine::kWarps) {
-    load_rows<Machine, T, A, kSupport, kHeld>(machine, control, rows, a, stages);
+    load_rows<Machine, T, A, kSupport, kHeld>(machine, control, rows, a, plan);
   } else {
-    compute_rows<Machine, T, A, kEntropy, kSupport, kHeld>(machine, control, rows, a, stages);
+    compute_rows<Machine, T, A, kEntropy, kSupport, kHeld>(machine, control, rows, a, plan);
   }
   // No block leaves while another may still write to its memory.
   machine.sync_cluster();

@@ -669,9 +669,12 @@ def test_the_plan_fits_the_device(device):
     of_block, of_multiprocessor, clusters = DEVICES[device]
     for size in (2, 4):
         for vocabulary in (1, 7, 1000, 32000, 50257, 128256, 151936, 262144, 10**6, 2**31 - 1):
-            cluster, stages, holds = cuda._cuda.plan(
-                of_block, of_multiprocessor, clusters, vocabulary * size // 16
-            )
+            about = of_block, of_multiprocessor, clusters, vocabulary * size // 16
+            shares, cluster, stages, holds = cuda._cuda.plan(*about, True, True)
+            # The same shares make the same sums; who needs no share twice is alone.
+            assert shares == cluster
+            assert cuda._cuda.plan(*about, True, False)[:2] == (shares, 1)
+            assert cuda._cuda.plan(*about, False, True)[:2] == (1, 1)
             blocks = 1 if holds else 2
             shared = CONTROL + stages * REAL_CHUNK
             assert cluster in ((1, 2, 4, 8) if clusters else (1,))
@@ -694,7 +697,7 @@ def test_which_rows_a_device_reads_once():
             def once(vocabulary, size=size, entropy=entropy, shared=(of_block, of_multiprocessor),
                      clusters=clusters):  # fmt: skip
                 words = vocabulary * size // 16
-                cluster, stages, holds = cuda._cuda.plan(*shared, clusters, words)
+                _, cluster, stages, holds = cuda._cuda.plan(*shared, clusters, words, True, True)
                 chunks = math.ceil(math.ceil(words / cluster) * 16 / REAL_CHUNK)
                 return chunks <= stages + (REAL_HELD[entropy] if holds else 0)
 

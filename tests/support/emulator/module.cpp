@@ -46,7 +46,7 @@ void emulate(const Rows& rows, const A& a, const Plan& plan) {
       for (int thread = 0; thread < Machine::kThreads; ++thread) {
         cluster.scheduler.add([&, thread] {
           Machine machine(block, thread);
-          r2vpo::run<Machine, T, A, kEntropy, kSupport, kHeld>(machine, rows, a, plan.stages);
+          r2vpo::run<Machine, T, A, kEntropy, kSupport, kHeld>(machine, rows, a, plan);
         });
       }
     }
@@ -84,11 +84,11 @@ struct Launcher {
     using Bulk = Emulated<true>;
     using Narrow = Emulated<false>;
     const std::int64_t words = words_of<T, kSupport>(rows, a);
-    constexpr bool kHolds = may_hold<A, kSupport>();
-    const Plan plan = make_plan(device.limits, words, kHolds, Bulk::kChunk, 0);
+    constexpr Work work = work_of<A, kSupport>();
+    const Plan plan = make_plan(device.limits, words, work, Bulk::kChunk, 0);
     device.limits.clusters
         ? emulate<Bulk, T, A, kEntropy, kSupport, 0>(rows, a, plan)
-        : emulate<Narrow, T, A, kEntropy, kSupport, kHolds ? kHeld : 0>(rows, a, plan);
+        : emulate<Narrow, T, A, kEntropy, kSupport, work.may_hold ? kHeld : 0>(rows, a, plan);
   }
 
   template <typename A>
@@ -128,10 +128,13 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("stages"), py::arg("most_stages"), py::arg("clusters"), py::arg("held_at_once"),
       py::arg("seed"));
-  // (blocks, stages, whether registers hold a part) for rows of `words` words on a real GPU.
-  m.def("plan", [](int of_block, int of_multiprocessor, bool clusters, std::int64_t words) {
-    const Plan plan = make_plan({of_block, of_multiprocessor, clusters}, words, true);
-    return std::make_tuple(plan.cluster, plan.stages, plan.holds);
+  // (shares, blocks, stages, whether registers hold a part) for rows of `words` words on a real GPU,
+  // and a kernel that does one thing or both.
+  m.def("plan", [](int of_block, int of_multiprocessor, bool clusters, std::int64_t words,
+                   bool sums, bool writes) {
+    const Plan plan = make_plan({of_block, of_multiprocessor, clusters}, words,
+                                {sums, writes, sums && writes});
+    return std::make_tuple(plan.shares, plan.cluster, plan.stages, plan.holds);
   });
   // (address, bytes) of what was read and written since.
   m.def("count", [](bool counts) {
