@@ -614,8 +614,10 @@ class Walker {
     float z_label = __builtin_nanf("");
     if (machine_.speaks()) z_label = label_logit(first, task);
     Part all = summed<A>(first, task, scale, z_label);
-    if (machine_.cluster() > 1) {
-      all = of_row<kEntropy>(machine_, control_, all, round_ - 1, scale);
+    if (Looks<A>::kSecond) {
+      if (machine_.cluster() > 1) {
+        all = of_row<kEntropy>(machine_, control_, all, round_ - 1, scale);
+      }
     } else if (shares_ > 1) {
       // All have met in the share after, before one of them is overwritten.
       Part* const parts = control_.of_blocks[0];
