@@ -52,7 +52,7 @@ SECONDS_TO_STOP = 5
 # Test files, wherever they are below tests/; those of which more is drawn.
 TESTS = ("parity", "laws", "known_bugs", "ops", "linear", "sparse", "tokens")
 DRAWN = ("parity", "laws", "linear")
-TEST_PROCESSES = 8
+TEST_PROCESSES = max(4, (os.cpu_count() or 8) - 2)
 # Cells in this order: the most telling first, for a limit cuts off the last.
 GRID = {
     "loss": ["--n", "8192", "16384", "2048", "512", "--v", "151936", "32000", "128256", "262144"],
@@ -232,14 +232,23 @@ def test_files() -> dict[str, Path]:
     return {name: paths[name] for name in TESTS}
 
 
+# Triton compiles its kernels in each process: its tests take ten times as long as all the others.
+HALVES = ("triton", "not triton")
+
+
 def run_pytest(
-    step: str, names: Sequence[str], folder: Path, limit: float, *options: str, **variables: str
+    step: str,
+    names: Sequence[str],
+    folder: Path,
+    limit: float,
+    *options: str,
+    halves: Sequence[str] = HALVES,
+    **variables: str,
 ) -> tuple[Findings, bool]:
     """Test files on the device, several at once: what was found, and whether all came to an end."""
     files = test_files()
     commands: dict[str, Sequence[str]] = {}
-    # Kernels are compiled in each process: halves take half as long.
-    for name, half in itertools.product(names, ("triton", "not triton")):
+    for name, half in itertools.product(names, halves):
         of_pytest = ["-q", "-rfE", "--tb=short", str(files[name]), "-k", half, *options]
         key = f"{step}-{name}-{half.replace(' ', '-')}"
         commands[key] = [sys.executable, "-m", "pytest", *of_pytest]
@@ -270,12 +279,15 @@ def run_pytest(
     return {"ok": ok, "note": note, "counts": counts, "failed": failed}, not unfinished
 
 
-def tests(limit: float, folder: Path) -> Findings:
+def tests(half: str) -> Callable[[float, Path], Findings]:
     """As the test suite has them: the same examples in every run."""
-    if missing_for_tests():
-        return {"ok": None, "note": f"not installed: {', '.join(missing_for_tests())}"}
-    found, _ = run_pytest("tests", TESTS, folder, limit, CI="1")
-    return found
+
+    def step(limit: float, folder: Path) -> Findings:
+        if missing_for_tests():
+            return {"ok": None, "note": f"not installed: {', '.join(missing_for_tests())}"}
+        return run_pytest("tests", TESTS, folder, limit, halves=[half], CI="1")[0]
+
+    return step
 
 
 def draws(limit: float, folder: Path) -> Findings:
@@ -555,7 +567,11 @@ def under(tool: str) -> Callable[[float, Path], Findings]:
 BUILD = Step("build", build, 180, 30)
 # What comes last is what a slow machine skips.
 PARTS = {
-    "parity": [Step("tests", tests, 400, 60), Step("draws", draws, 400, 30)],
+    "parity": [
+        Step("tests", tests("not triton"), 200, 60),
+        Step("triton-tests", tests("triton"), 400, 60),
+        Step("draws", draws, 400, 30),
+    ],
     "launches": [
         Step("launches", worker("launches"), 60, 15),
         Step("syncs", worker("syncs"), 90, 15),
