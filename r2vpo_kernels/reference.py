@@ -16,7 +16,7 @@ from .batch import Batch
 from .checks import MIN_TEMPERATURE, KLEstimator, PolicyLoss, RatioLevel, check
 from .objective import Objective
 from .output import METRICS, RatioStats
-from .sampling import SamplingMask
+from .sampling import SamplingMask, token_of_each
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -124,10 +124,7 @@ class Segments:
 
     @staticmethod
     def consecutive(offsets: Tensor, tokens: int) -> Segments:
-        position = torch.arange(tokens, device=offsets.device)
-        index = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
-        # Offsets that end early (and are reported where they came in) leave no index outside.
-        return Segments(index.clamp(max=max(offsets.shape[0] - 2, 0)), offsets)
+        return Segments(token_of_each(offsets, tokens), offsets)
 
     @staticmethod
     def of(index: Tensor, count: int) -> Segments:

@@ -278,11 +278,12 @@ def _check_vector(name: str, value: Any) -> None:
 
 
 def token_of_each(offsets: Tensor, count: int) -> Tensor:
-    """(count,) int64: the token whose set each id is in."""
+    """(count,) int64: the token whose set each id is in; or of any segments, each element's."""
     position = torch.arange(count, device=offsets.device)
-    token = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
-    # Offsets that end early (and are reported) leave no index outside.
-    return token.clamp(max=max(offsets.shape[0] - 2, 0))
+    # Not in offsets[1:]: on a GPU, torch 2.11's inductor searches a view from its tensor's beginning.
+    token = torch.searchsorted(offsets.contiguous(), position, right=True) - 1
+    # Offsets that begin late or end early (and are reported) leave no index outside.
+    return token.clamp(0, max(offsets.shape[0] - 2, 0))
 
 
 def order_by_word(token_ids: Tensor) -> Tensor:
