@@ -65,12 +65,15 @@ def test_no_maximum_drops_a_nan(report):
     assert {name(k): k["loses_nan"] for k in kernels if k["loses_nan"]} == {}
 
 
-def test_the_label_is_read_before_a_barrier(report):
-    """In place its logit is overwritten after: without one between, by a thread that is ahead."""
+def test_the_label_is_read_before_a_barrier_and_stored_after_one(report):
+    """In place its logit is overwritten after: without one between, by a thread that is ahead.
+
+    Its gradient takes the place of what another thread has stored there.
+    """
     kernels, _ = report
     for k in row_kernels(kernels):
         if name(k) in ("one_pass_kernel bfloat16", "one_pass_kernel bfloat16 entropy"):
-            assert k["label_first"], name(k)
+            assert k["label_first"] and k["label_last"], name(k)
 
 
 def test_threads_wait_for_each_other_in_rows_with_a_support(report):

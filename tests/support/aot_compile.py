@@ -83,6 +83,10 @@ def resources(kernel, target) -> dict:
         text = kernel.asm["ptx"]
         label, store = text.find("ld.global.b16"), text.find("st.global.cs.v4")
         label_first = 0 <= label < store and "bar.sync" in text[label:store]
+        # Nor is its gradient stored before that of the columns around it.
+        last = text.find("st.global.b16")
+        around = text.rfind("st.global.cs.v4", 0, last)
+        label_last = 0 <= around < last and "bar.sync" in text[around:last]
         # Of a row with a support in bfloat16: a logit goes into values, a gradient out of them.
         order = " ".join(re.findall(r"(?:ld|st)\.global[\w.]*|bar\.sync", text))
         gather_waits = "ld.global.b16 st.global.b32 bar.sync" in order
@@ -100,7 +104,7 @@ def resources(kernel, target) -> dict:
             sorted(sizes[name] for kind, name in found if kind == which)
             for which in ("load", "store")
         )
-        loses_nan, label_first, gather_waits, scatter_waits = [], True, True, True
+        loses_nan, label_first, label_last, gather_waits, scatter_waits = [], *4 * [True]
     return {
         "kernel": kernel.name,
         "registers": registers,
@@ -111,6 +115,7 @@ def resources(kernel, target) -> dict:
         "stores": stores,
         "loses_nan": loses_nan,
         "label_first": label_first,
+        "label_last": label_last,
         "gather_waits": gather_waits,
         "scatter_waits": scatter_waits,
     }
