@@ -280,7 +280,7 @@ def _check_vector(name: str, value: Any) -> None:
 def token_of_each(offsets: Tensor, count: int) -> Tensor:
     """(count,) int64: the token whose set each id is in; or of any segments, each element's."""
     position = torch.arange(count, device=offsets.device)
-    # Not in offsets[1:]: torch 2.11's inductor searches a view from its tensor's beginning on a GPU.
+    # Not in offsets[1:]: on a GPU torch 2.11's inductor searches a view from its base's beginning.
     token = torch.searchsorted(offsets.contiguous(), position, right=True) - 1
     # Offsets that begin late or end early (and are reported) leave no index outside.
     return token.clamp(0, max(offsets.shape[0] - 2, 0))
