@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 GPU_PARTS = gpu-parity gpu-launches gpu-bench gpu-memory gpu-tune
 
 .PHONY: quick test test-all test-interpreter test-others all-interpreter all-interpreter-linear \
-	all-others all-avx2 test-control test-torch demo study bench bench-linear gpu $(GPU_PARTS) \
+	all-others all-avx2 test-control test-torch demo study control bench bench-linear gpu $(GPU_PARTS) \
 	sanitize lint docs hub clean
 
 # Each part is one process without threads that wait for another's, two at a time. Its output goes to
@@ -76,6 +76,11 @@ demo: $(VENV)/ready
 study: $(VENV)/ready
 	$(RUN) examples/study_staleness.py
 	$(RUN) examples/study_report.py
+
+# The short form; examples/continuous_control.py says what the full one costs.
+control: $(VENV)/control
+	$(RUN) examples/continuous_control.py
+	$(RUN) examples/control_report.py
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/loss.py

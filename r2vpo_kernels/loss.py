@@ -188,8 +188,8 @@ def r2vpo_loss(
         inplace: the gradient may take the logits' memory: whoever reads logits after this call, or
             after backward, may see the gradient. Refused for a leaf, a view of one, and rows that
             share memory; under torch.compile, and for a DTensor, the permission goes unused.
-        backend: "auto" (Triton on a GPU, C++ on a CPU, eager where those cannot), "triton", "cpp"
-            or "eager".
+        backend: "auto" (Triton on a GPU, C++ on a CPU, eager where those cannot), "triton", "cuda",
+            "cpp" or "eager".
 
     Returns:
         The loss is differentiable in logits alone, once (backend "eager": any number of times);

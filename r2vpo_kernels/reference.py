@@ -16,7 +16,7 @@ from .batch import Batch
 from .checks import MIN_TEMPERATURE, KLEstimator, PolicyLoss, RatioLevel, check
 from .objective import Objective
 from .output import METRICS, RatioStats
-from .sampling import SamplingMask, token_of_each
+from .sampling import SamplingMask, segment_of_each
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -124,7 +124,7 @@ class Segments:
 
     @staticmethod
     def consecutive(offsets: Tensor, tokens: int) -> Segments:
-        return Segments(token_of_each(offsets, tokens), offsets)
+        return Segments(segment_of_each(offsets, tokens), offsets)
 
     @staticmethod
     def of(index: Tensor, count: int) -> Segments:

@@ -77,7 +77,7 @@ class SamplingMask:
         ids, given = token_ids.long(), offsets.long()
         # Whatever came, no set may reach outside the ids.
         self.offsets = given.clamp(0, count).cummax(0).values
-        token = token_of_each(self.offsets, count)
+        token = segment_of_each(self.offsets, count)
         by_word = ids.argsort(stable=True)
         ids = ids[by_word[token[by_word].argsort(stable=True)]]
 
@@ -233,7 +233,7 @@ class SamplingMask:
 
     def token_of(self) -> Tensor:
         """(M,) int64: the token whose set each id is in."""
-        return token_of_each(self.offsets, self.token_ids.shape[0])
+        return segment_of_each(self.offsets, self.token_ids.shape[0])
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """What `of` takes."""
@@ -277,13 +277,13 @@ def _check_vector(name: str, value: Any) -> None:
         raise invalid(name, value, "one dimension")
 
 
-def token_of_each(offsets: Tensor, count: int) -> Tensor:
-    """(count,) int64: the token whose set each id is in; or of any segments, each element's."""
+def segment_of_each(offsets: Tensor, count: int) -> Tensor:
+    """(count,) int64: the segment of each element, of an id the token in whose set it is."""
     position = torch.arange(count, device=offsets.device)
     # Not in offsets[1:]: on a GPU torch 2.11's inductor searches a view from its base's beginning.
-    token = torch.searchsorted(offsets.contiguous(), position, right=True) - 1
+    segment = torch.searchsorted(offsets.contiguous(), position, right=True) - 1
     # Offsets that begin late or end early (and are reported) leave no index outside.
-    return token.clamp(0, max(offsets.shape[0] - 2, 0))
+    return segment.clamp(0, max(offsets.shape[0] - 2, 0))
 
 
 def order_by_word(token_ids: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ struct Work {
 
 struct Plan {
   int shares;   // of a row: each is summed by itself
-  int cluster;  // blocks that a row takes, one for each share or one for all
+  int cluster;  // blocks that a row takes: one for each share, or one that walks them all
   int stages;   // of each block's ring
   bool holds;   // registers hold a part of the row, and a block has its multiprocessor for itself
 };
@@ -38,9 +38,9 @@ constexpr int kAhead = 4;
 // Bytes of shared memory that the system takes for itself, for each block.
 constexpr int kReserved = 1024;
 
-// For rows of `words` whole words. All kernels that sum a row do it by the same shares. Each has a
-// block where it must stay on the chip until the second look; elsewhere a cluster would only leave
-// multiprocessors idle, those that fill no other one.
+// For rows of `words` whole words. All kernels that sum a row do it by the same shares. Where a share
+// must stay on the chip until the second look it has a block of a cluster. A cluster's blocks are
+// placed together, and multiprocessors that are too few for one more idle: elsewhere there is none.
 inline Plan make_plan(const Limits& limits, std::int64_t words, const Work& work,
                       int chunk = kChunk, int control = kControl) {
   const auto stages_in = [&](int bytes) {

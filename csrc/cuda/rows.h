@@ -16,8 +16,8 @@
 // `reload` is 0 wherever ring and registers hold the row: each logit is then read from DRAM once.
 //
 // A row with a support of its own (a sampling mask) never comes through the ring: the computing
-// threads read the kept logits where they lie. Each block takes the kept words in its own share of
-// the row, so that it may write that share while another block still reads. Gradients wait in
+// threads read the kept logits where they lie, share by share: a block may write its own while
+// another block still reads. Gradients wait in
 // Support::values until the share is zeroed, and are scattered into it.
 #pragma once
 
@@ -60,7 +60,7 @@ constexpr float kLowest = -3.4028234663852886e38f;  // finite: -inf meets no inf
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLn2 = 0.6931471805599453f;
 
-// What one thread, warp, block or cluster has found of a row: max z, Σ 2^x and Σ 2^x·x with
+// What is found of a row by one thread, by a warp, in a share or in all: max z, Σ 2^x and Σ 2^x·x with
 // x = (z - top)·scale, and the label's logit. 16 bytes, because that is what blocks send.
 struct alignas(16) Part {
   float top, s, r, z_label;
@@ -619,7 +619,7 @@ class Walker {
         all = of_row<kEntropy>(machine_, control_, all, round_ - 1, scale);
       }
     } else if (shares_ > 1) {
-      // All have met in the share after, before one of them is overwritten.
+      // Whoever still reads them has not come to the next row's first barrier, before they change.
       Part* const parts = control_.of_blocks[0];
       if (machine_.thread() == 0) parts[0] = all;
       for (int share = 1; share < shares_; ++share) {

@@ -20,7 +20,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # (device, dtype, V) for which a file in benchmarks/results shows the CUDA kernels right and faster
 # than Triton's; a test holds it to those files.
-CUDA_IS_FASTER = frozenset({("NVIDIA H100 80GB HBM3", torch.bfloat16, 151936)})
+CUDA_IS_FASTER: frozenset[tuple[str, torch.dtype, int]] = frozenset()
 
 
 def _needs_cpu(kernels: ModuleType, device: torch.device) -> str | None:
@@ -91,18 +91,11 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def _cuda_is_faster(logits: Tensor) -> bool:
-    known = _where_cuda_is_faster(logits.device, logits.dtype)
-    # One by one: a number that torch.compile keeps open is in no set.
-    return any(logits.shape[-1] == vocabulary for vocabulary in known)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[misc]
-def _where_cuda_is_faster(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
-    """The vocabularies."""
-    if _why_not("cuda", device, dtype) is not None:
-        return ()
-    name = torch.cuda.get_device_properties(device).name
-    return tuple(v for about in CUDA_IS_FASTER if about[:2] == (name, dtype) for v in about[2:])
+    # On CUDA_IS_FASTER nothing stands yet, and then no device is asked for its name.
+    if not CUDA_IS_FASTER or why_not("cuda", logits):
+        return False
+    device = torch.cuda.get_device_properties(logits.device).name
+    return (device, logits.dtype, logits.shape[-1]) in CUDA_IS_FASTER
 
 
 def choose_backend(name: Backend, tensor: Tensor) -> str:

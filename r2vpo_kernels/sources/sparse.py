@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.calls import Tokens
-from ..sampling import SamplingMask, token_of_each
+from ..sampling import SamplingMask, segment_of_each
 from .products import Products, of_device
 
 # The product of a token and a word takes so many times as long where it is formed alone: sets that
@@ -69,7 +69,7 @@ class SparseHead:
             if out is not products.dhidden:
                 products.dhidden += out
         if products.dweight is not None or products.dbias is not None:
-            token_of = token_of_each(offsets, by_word.shape[0]).int()
+            token_of = segment_of_each(offsets, by_word.shape[0]).int()
             self.kernels.head_dweight(
                 *self._head(), by_word, token_of, products.dweight, products.dbias, products.begun
             )

@@ -3,8 +3,8 @@
 tests/support/emulator runs csrc/cuda/rows.h and tokens.h on a CPU. A GPU's threads take turns there
 in a random order, copies arrive late, and what a GPU would do wrong in silence is an error: a
 deadlock, a word of the ring read before it arrived, a store to what a copy still reads. What a
-block puts into memory for others is not there before a fence. What no emulation shows, the
-instructions' own semantics, awaits hardware.
+block puts into memory for others is not there before a fence. The instructions' own semantics only
+a GPU shows.
 """
 
 import json

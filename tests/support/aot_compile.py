@@ -83,10 +83,10 @@ def resources(kernel, target) -> dict:
         text = kernel.asm["ptx"]
         label, store = text.find("ld.global.b16"), text.find("st.global.cs.v4")
         label_first = 0 <= label < store and "bar.sync" in text[label:store]
-        # Nor is its gradient stored before that of the columns around it.
-        last = text.find("st.global.b16")
-        around = text.rfind("st.global.cs.v4", 0, last)
-        label_last = 0 <= around < last and "bar.sync" in text[around:last]
+        # Its gradient is the only narrow store, after the walk: behind the barrier with which what
+        # was loaded ahead ends, and one of its own.
+        before, _, _ = text.partition("st.global.b16")
+        label_last = before[before.rfind("$L__BB") :].count("bar.sync") == 2
         # Of a row with a support in bfloat16: a logit goes into values, a gradient out of them.
         order = " ".join(re.findall(r"(?:ld|st)\.global[\w.]*|bar\.sync", text))
         gather_waits = "ld.global.b16 st.global.b32 bar.sync" in order

@@ -89,8 +89,8 @@ BREAKS = (
     Break(
         "the first id of a set is in the set before",
         "r2vpo_kernels/sampling.py",
-        "token = torch.searchsorted(offsets.contiguous(), position, right=True) - 1",
-        "token = torch.searchsorted(offsets.contiguous(), position) - 1",
+        "segment = torch.searchsorted(offsets.contiguous(), position, right=True) - 1",
+        "segment = torch.searchsorted(offsets.contiguous(), position) - 1",
         ("test_sampling",),
     ),
     Break(

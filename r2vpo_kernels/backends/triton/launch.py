@@ -21,7 +21,7 @@ class Tuning(NamedTuple):
     programs: int
 
 
-# By the bytes of a row at most: the fastest of those that were tried on an H100
+# By the bytes of a row at most: on an H100 within 1 % of the fastest that was tried
 # (benchmarks/results/NOTES.md). The step depends on V, the element size and the alignment alone: a
 # row is summed in the same order by every kernel and in every batch.
 TUNING = (
