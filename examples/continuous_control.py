@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from control_tasks import EPISODE, TASKS, make_environments
-from study_runs import Objective, Row, RunFiles, Runs, having, pooled, study_options
+from study_runs import Objective, Row, RunFiles, Runs, pooled, study_options
 from torch import Tensor, nn
 
 from r2vpo_kernels import R2VPOOutput, r2vpo_loss_from_logps
@@ -331,16 +331,32 @@ def sweep_runs() -> list[Run]:
     ]
 
 
+def sweep_scores(sweep: Runs) -> dict[tuple[str, float, float], float]:
+    """(method, lr, ε) → the mean over tasks of the mean return over seeds, each as a share of the
+    highest on its task: else the task with the largest returns would decide alone.
+    """
+    returns: dict[str, dict[tuple[str, float, float], list[float]]] = {}
+    for run, rows in sweep.items():
+        of_task = returns.setdefault(run.task, defaultdict(list))
+        of_task[run.method, run.lr, run.epsilon].append(mean_return(rows))
+    shares: dict[tuple[str, float, float], list[float]] = defaultdict(list)
+    for of_task in returns.values():
+        means = {values: sum(x) / len(x) for values, x in of_task.items()}
+        highest = max(means.values())
+        for values, mean in means.items():
+            shares[values].append(mean / highest)
+    return {values: sum(x) / len(x) for values, x in shares.items()}
+
+
 def chosen(sweep: Runs) -> dict[str, dict[str, float]]:
-    """method → the values of the highest mean return over the sweep's tasks and seeds."""
+    """method → the values of the highest score."""
+    found = sweep_scores(sweep)
     result = {}
     for method in METHODS:
-        scores: dict[tuple[float, float], list[float]] = defaultdict(list)
-        for run, rows in having(sweep, method=method).items():
-            scores[run.lr, run.epsilon].append(mean_return(rows))
-        if scores:
-            best = max(scores, key=lambda key: sum(scores[key]) / len(scores[key]))
-            result[method] = dict(zip(("lr", "epsilon"), best, strict=True))
+        of_method = [values for values in found if values[0] == method]
+        if of_method:
+            _, lr, epsilon = max(of_method, key=found.__getitem__)
+            result[method] = {"lr": lr, "epsilon": epsilon}
     # The sweep's runs have no weights: there the two are the same.
     if "fixed-one" in result:
         result["fenchel-one"] = result["fixed-one"]

@@ -31,6 +31,7 @@ from continuous_control import (
     SWEEP_TASKS,
     chosen,
     mean_return,
+    sweep_scores,
     tried,
 )
 from control_tasks import EPISODE, TASKS
@@ -164,8 +165,8 @@ def print_reuse(runs: Runs) -> None:
 
 
 def print_sweep(sweep: Runs) -> None:
-    """Mean return over training of all that was tried, what was chosen in bold."""
-    values = chosen(sweep)
+    """Mean return over training of all that was tried, and its score: in bold what was chosen."""
+    values, found = chosen(sweep), sweep_scores(sweep)
     lines = []
     for method in METHODS:
         for tried_values in tried(method):
@@ -173,7 +174,7 @@ def print_sweep(sweep: Runs) -> None:
                 interval(sweep, "mean over training", task=task, method=method, **tried_values).mean
                 for task in SWEEP_TASKS
             ]
-            mean = f"{sum(of_tasks) / len(of_tasks):.3f}"
+            score = f"{found[method, tried_values['lr'], tried_values['epsilon']]:.3f}"
             best = values.get(method) == tried_values
             epsilon = "" if method == "none" else f"{tried_values['epsilon']:g}"
             cells = [f"{x:.3f}" for x in of_tasks]
@@ -183,10 +184,10 @@ def print_sweep(sweep: Runs) -> None:
                     f"{tried_values['lr']:g}",
                     epsilon,
                     *cells,
-                    f"**{mean}**" if best else mean,
+                    f"**{score}**" if best else score,
                 ]
             )
-    columns = ["", "lr", "ε", *SWEEP_TASKS, "mean"]
+    columns = ["", "lr", "ε", *SWEEP_TASKS, "score"]
     print_table("the sweep: mean return over training", columns, lines)
 
 

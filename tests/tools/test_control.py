@@ -230,13 +230,14 @@ def test_runs_repeat_and_resume(tmp_path):
 
 
 def test_what_is_chosen():
-    """One pair for each method, of the best mean over tasks and seeds."""
+    """One pair for each method, of the best mean over tasks and seeds, whatever a task's scale."""
     sweep = {run: [{"return": 100.0}] for run in control.sweep_runs()}
     for run in sweep:
         if (run.lr, run.epsilon) == (control.RATES[1], control.EPSILONS[0]):
             sweep[run] = [{"return": 150.0}, {"return": math.nan}]
-        if run.lr == control.RATES[0] and run.task == control.SWEEP_TASKS[0]:
-            sweep[run] = [{"return": 200.0}]
+        # Better by less, on a task whose returns are larger.
+        if run.task == control.SWEEP_TASKS[0]:
+            sweep[run] = [{"return": 900.0 if run.lr == control.RATES[0] else 800.0}]
     values = control.chosen(sweep)
     expected = {"lr": control.RATES[1], "epsilon": control.EPSILONS[0]}
     assert values == dict.fromkeys([*METHODS, "fenchel-one"], expected)
