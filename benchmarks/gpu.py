@@ -124,6 +124,7 @@ def run_all(
                     process = subprocess.Popen(
                         list(command), cwd=ROOT, env=environment, stdout=log,
                         stderr=subprocess.STDOUT, start_new_session=True,
+                        preexec_fn=heed_interrupts,
                     )  # fmt: skip
                 running[name] = process, time.monotonic()
             codes = {name: process.poll() for name, (process, _) in running.items()}
@@ -154,6 +155,11 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait(max(0.0, end - time.monotonic()))
         send(signal.SIGKILL, process)
         process.wait()
+
+
+def heed_interrupts() -> None:
+    """A shell's background process ignores them, and so does what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def send(what: signal.Signals, process: subprocess.Popen[bytes]) -> None:

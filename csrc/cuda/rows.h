@@ -613,22 +613,23 @@ class Walker {
     // One thread reads it and hands it on: in place another will overwrite it.
     float z_label = __builtin_nanf("");
     if (machine_.speaks()) z_label = label_logit(first, task);
-    Part all = summed<A>(first, task, scale, z_label);
+    Part all;
     if (Looks<A>::kSecond) {
+      all = summed<A>(first, task, scale, z_label);
       if (machine_.cluster() > 1) {
         all = of_row<kEntropy>(machine_, control_, all, round_ - 1, scale);
       }
-    } else if (shares_ > 1) {
+    } else {
       // Whoever still reads them has not come to the next row's first barrier, before they change.
       Part* const parts = control_.of_blocks[0];
-      if (machine_.thread() == 0) parts[0] = all;
-      for (int share = 1; share < shares_; ++share) {
-        const Place<T> place = place_of<T>(rows_, row, share, shares_);
-        const Part part = summed<A>(place, task, scale, z_label);
-        if (machine_.thread() == 0) parts[share] = part;
+      for (int share = 0; share < shares_; ++share) {
+        all = summed<A>(place_of<T>(rows_, row, share, shares_), task, scale, z_label);
+        if (machine_.thread() == 0) parts[share] = all;
       }
-      machine_.sync_computing();
-      all = gathered<kEntropy>(machine_, parts, shares_, scale);
+      if (shares_ > 1) {
+        machine_.sync_computing();
+        all = gathered<kEntropy>(machine_, parts, shares_, scale);
+      }
     }
     const float log_total = log2f(all.s);
     const float logp = ((all.z_label - all.top) * scale - log_total) * kLn2;

@@ -83,10 +83,11 @@ def resources(kernel, target) -> dict:
         text = kernel.asm["ptx"]
         label, store = text.find("ld.global.b16"), text.find("st.global.cs.v4")
         label_first = 0 <= label < store and "bar.sync" in text[label:store]
-        # Its gradient is the only narrow store, after the walk: behind the barrier with which what
-        # was loaded ahead ends, and one of its own.
+        # Its gradient is the only narrow store, after the walk: behind a barrier of its own, and
+        # the one with which loading ahead ends.
         before, _, _ = text.partition("st.global.b16")
-        label_last = before[before.rfind("$L__BB") :].count("bar.sync") == 2
+        barriers = before[before.rfind("$L__BB") :].count("bar.sync")
+        label_last = barriers == 1 + ("cp.async" in text)
         # Of a row with a support in bfloat16: a logit goes into values, a gradient out of them.
         order = " ".join(re.findall(r"(?:ld|st)\.global[\w.]*|bar\.sync", text))
         gather_waits = "ld.global.b16 st.global.b32 bar.sync" in order
