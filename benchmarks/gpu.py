@@ -540,7 +540,7 @@ def sanitizer(tool: str, limit: float, folder: Path) -> Findings:
     if done.code not in (0, 97) or not summary:
         note = "the tool did not run to its end"
         return {"ok": None, "note": note, "output": done.tail}
-    # A race is told by both its places. Our kernels' names end so; others are cuBLAS's.
+    # An error of racecheck names two places. What has no _kernel in its name is a library's.
     places = re.findall(r"access at (.+?)\+0x", done.output)
     foreign = [place for place in places if "_kernel" not in place]
     errors = re.search(r"\((\d+) errors", summary[-1])

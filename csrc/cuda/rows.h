@@ -620,7 +620,7 @@ class Walker {
         all = of_row<kEntropy>(machine_, control_, all, round_ - 1, scale);
       }
     } else {
-      // Whoever still reads them has not come to the next row's first barrier, before they change.
+      // A slow warp may still read these: they change only after the next row's first barrier.
       Part* const parts = control_.of_blocks[0];
       for (int share = 0; share < shares_; ++share) {
         all = summed<A>(place_of<T>(rows_, row, share, shares_), task, scale, z_label);

@@ -671,7 +671,7 @@ def test_the_plan_fits_the_device(device):
         for vocabulary in (1, 7, 1000, 32000, 50257, 128256, 151936, 262144, 10**6, 2**31 - 1):
             about = of_block, of_multiprocessor, clusters, vocabulary * size // 16
             shares, cluster, stages, holds = cuda._cuda.plan(*about, True, True)
-            # The same shares make the same sums; who needs no share twice is alone.
+            # The same shares make the same sums; a kernel that looks once takes no cluster.
             assert shares == cluster
             assert cuda._cuda.plan(*about, True, False)[:2] == (shares, 1)
             assert cuda._cuda.plan(*about, False, True)[:2] == (1, 1)
