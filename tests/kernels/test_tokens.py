@@ -409,6 +409,11 @@ def test_tokens_of_every_kind(backend, c, empirical):
     check_call(backend, c, empirical)
 
 
+@pytest.mark.parametrize("kl", [None, "k3"])
+def test_a_nan_ratio_reaches_a_kl_that_there_is(backend, kl):
+    check_call(backend, call(Layout.padded(1, 3), kl=kl, kl_unbiased=True, spoiled=[NAN, NAN]))
+
+
 @pytest.mark.slow_in_interpreter
 @pytest.mark.parametrize("empirical", [False, True])
 @pytest.mark.parametrize(

@@ -307,7 +307,8 @@ def _policy(given, r, advantage, logp):
 def _kl(given, r, ref, logp):
     """Eq. 5, 6 and 23, m·KL."""
     (value, error), (slope, slope_error) = _kl_estimate(given.kl, ref, logp, given.log_ratio_clamp)
-    if not given.kl_unbiased:
+    # Without an estimator there is nothing that a NaN ratio would multiply.
+    if given.kl is None or not given.kl_unbiased:
         return Term(value, error, logp_slope=slope, logp_slope_error=slope_error)
     ratio, relative = r.ratio, 2 * r.error + 8 * U
     error = ratio * (error + (abs(value) + error) * relative)
