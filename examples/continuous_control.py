@@ -59,13 +59,18 @@ RECORDS = 20
 METHODS = (
     "ppo-clip", "none", "fixed-one", "fixed-group", "dual-one", "dual-group", "fenchel-group",
 )  # fmt: skip
+RIVAL = METHODS[0]
 REUSE_METHODS = ("ppo-clip", "fixed-one", "dual-one", "fenchel-one")
-REUSES, CORRECTIONS = (1, 2, 4, 6), ("behaviour", "weighted")
+# Besides the one batch of the main runs.
+REUSES, CORRECTIONS = (2, 4, 6), ("behaviour", "weighted")
 REUSE_TASKS = SWEEP_TASKS = ("cheetah-run", "ball_in_cup-catch", "cheetah-run-changing")
 # What was looked at before the sweep had seed 0.
 SEEDS, REUSE_SEEDS, SWEEP_SEEDS = range(1, 6), range(1, 4), range(100, 102)
-UPDATES = REUSE_UPDATES = 500_000 // BATCH
+UPDATES = 500_000 // BATCH
 SWEEP_UPDATES, SHORT_UPDATES = 3 * UPDATES // 5, UPDATES // 2
+# The clip alone, for as many steps as CleanRL's published results have.
+BASELINE_UPDATES, BASELINE_SEEDS = 8_000_000 // BATCH, range(1, 2)
+BASELINE_TASKS = ("cartpole-swingup_sparse", "finger-turn_hard", "reacher-hard")
 SHORT_METHODS = ("ppo-clip", "fixed-one", "dual-one")
 RATES, EPSILONS = (3e-4, 1e-3), (0.1, 0.2, 0.5, 1.0)
 SWEEP = Path(__file__).parent / "control" / "sweep.csv"
@@ -344,7 +349,7 @@ def sweep_scores(sweep: Runs) -> dict[tuple[str, float, float], float]:
         means = {values: sum(x) / len(x) for values, x in of_task.items()}
         highest = max(means.values())
         for values, mean in means.items():
-            shares[values].append(mean / highest)
+            shares[values].append(mean / highest if highest else 0.0)
     return {values: sum(x) / len(x) for values, x in shares.items()}
 
 
@@ -382,14 +387,14 @@ def reuse_runs(
     reuses: Iterable[int] = REUSES,
     methods: Iterable[str] = REUSE_METHODS,
     seeds: range = REUSE_SEEDS,
+    updates: int = UPDATES,
 ) -> list[Run]:
-    """All of the same length; without old data, or without weights, some would be the same run."""
+    """As long as the main runs, which have one batch. Without weights Fenchel's λ is fixed."""
     return [
-        Run(task, method, reuse, correction, seed, **values[method], updates=REUSE_UPDATES)
+        Run(task, method, reuse, correction, seed, **values[method], updates=updates)
         for seed, task, reuse, correction, method in itertools.product(
             seeds, tasks, reuses, CORRECTIONS, methods
         )
-        if correction == "behaviour" or reuse > 1
         if correction == "weighted" or method != "fenchel-one"
     ]
 
@@ -408,16 +413,19 @@ def main() -> None:
         sweep = out / "sweep.csv"
         finish("sweep", sweep_runs(), sweep)
         values = chosen(FILES.read(sweep))
+        baseline = main_runs(values, BASELINE_TASKS, [RIVAL], BASELINE_SEEDS, BASELINE_UPDATES)
         results, reuse = main_runs(values), reuse_runs(values)
     else:
         values = chosen(FILES.read(SWEEP))
         if not values.keys() >= set(SHORT_METHODS):
             raise SystemExit(f"{SWEEP} lacks what the sweep chooses: --full runs it")
-        short = {"tasks": REUSE_TASKS[:2], "methods": SHORT_METHODS, "seeds": SEEDS[:1]}
-        results = main_runs(values, **short, updates=SHORT_UPDATES)
-        reuse = reuse_runs(values, reuses=(4,), **(short | {"tasks": REUSE_TASKS[:1]}))
+        short = {"methods": SHORT_METHODS, "seeds": SEEDS[:1], "updates": SHORT_UPDATES}
+        baseline = []
+        results = main_runs(values, REUSE_TASKS[:2], **short)
+        reuse = reuse_runs(values, REUSE_TASKS[:1], (4,), **short)
     finish("results", results, out / "results.csv")
     finish("reuse", reuse, out / "reuse.csv")
+    finish("baseline", baseline, out / "baseline.csv")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from continuous_control import (
     METHODS,
     RECORDS,
     REUSE_METHODS,
+    RIVAL,
     SWEEP_TASKS,
+    Run,
     chosen,
     mean_return,
     sweep_scores,
@@ -41,7 +44,6 @@ from study_figures import Interval, curve, grid, line_of, print_table, save
 from study_runs import Row, Runs, check_unique, having, report_folders
 
 REPETITIONS = 2000
-RIVAL = "ppo-clip"
 KINDS = {
     "all": tuple(TASKS),
     **{
@@ -164,6 +166,25 @@ def print_reuse(runs: Runs) -> None:
     print_table(f"E[(ρ - 1)²] by age, reuse {largest}", columns, lines)
 
 
+def with_one_batch(results: Runs, reuse: Runs) -> Runs:
+    """The runs with reuse, and the main runs that are like them but for it."""
+
+    def cell(run: Run) -> Run:
+        return replace(run, reuse=1, correction=CORRECTIONS[0])
+
+    cells = {cell(run) for run in reuse}
+    return {run: rows for run, rows in results.items() if run in cells} | reuse
+
+
+def print_baseline(baseline: Runs) -> None:
+    lines = [
+        [task, interval(baseline, "final", task=task).text(3)]
+        for task in dict.fromkeys(run.task for run in baseline)
+    ]
+    steps = max(run.updates for run in baseline) * BATCH
+    print_table(f"{RIVAL}, {steps / 1e6:.1f} million steps", ["", "final return"], lines)
+
+
 def print_sweep(sweep: Runs) -> None:
     """Mean return over training of all that was tried, and its score: in bold what was chosen."""
     values, found = chosen(sweep), sweep_scores(sweep)
@@ -252,16 +273,19 @@ def draw_reuse(runs: Runs, path: Path) -> None:
 
 def main() -> None:
     folder, out = report_folders(__doc__.partition("\n")[0], "control")
-    paths = [folder / f"{name}.csv" for name in ("results", "reuse", "sweep")]
-    results, reuse, sweep = (FILES.read(path) for path in paths)
-    for path, runs in zip(paths[:2], (results, reuse), strict=True):
+    paths = [folder / f"{name}.csv" for name in ("results", "reuse", "baseline", "sweep")]
+    results, reuse, baseline, sweep = files = [FILES.read(path) for path in paths]
+    for path, runs in zip(paths[:3], files, strict=False):
         check_unique(path, runs)
     if results:
         print_aggregates(results)
         print_tasks(results)
         draw_training(results, ["return"], out / "returns.png")
         draw_training(results, ["v / target", "coef", "cut"], out / "variance.png")
+    if baseline:
+        print_baseline(baseline)
     if reuse:
+        reuse = with_one_batch(results, reuse)
         print_reuse(reuse)
         draw_reuse(reuse, out / "reuse.png")
     if chosen(sweep).keys() >= set(METHODS):

@@ -238,6 +238,9 @@ def test_what_is_chosen():
         # Better by less, on a task whose returns are larger.
         if run.task == control.SWEEP_TASKS[0]:
             sweep[run] = [{"return": 900.0 if run.lr == control.RATES[0] else 800.0}]
+        # Nobody scores.
+        if run.task == control.SWEEP_TASKS[1]:
+            sweep[run] = [{"return": 0.0}]
     values = control.chosen(sweep)
     expected = {"lr": control.RATES[1], "epsilon": control.EPSILONS[0]}
     assert values == dict.fromkeys([*METHODS, "fenchel-one"], expected)
@@ -262,7 +265,10 @@ def test_report(tmp_path, monkeypatch, capsys):
     tasks, methods = ("cheetah-run", "reacher-hard"), ("ppo-clip", "dual-one")
     lists = {
         "results": control.main_runs(VALUES, tasks, methods, range(2)),
-        "reuse": control.reuse_runs(VALUES, tasks[:1], (1, 2), methods, range(2)),
+        "reuse": control.reuse_runs(VALUES, tasks[:1], (2,), methods, range(2)),
+        "baseline": control.main_runs(
+            VALUES, tasks[1:], methods[:1], range(1), 4 * control.UPDATES
+        ),
         "sweep": control.sweep_runs(),
     }
     for name, runs in lists.items():
@@ -271,6 +277,9 @@ def test_report(tmp_path, monkeypatch, capsys):
     report.main()
     printed = capsys.readouterr().out
     assert "| dual-one | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |" in printed
+    # The main runs are those with one batch.
+    assert "|  | behaviour, 1 | behaviour, 2 | weighted, 2 |" in printed
+    assert "| reacher-hard | 0.300 [0.300, 0.300] |" in printed
     assert "| ppo-clip | 0.300 [0.300, 0.301] | 0.300 [0.300, 0.301] |" in printed
     for name in ("returns", "variance", "reuse"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
