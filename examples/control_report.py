@@ -187,35 +187,30 @@ def print_baseline(baseline: Runs) -> None:
 
 def print_sweep(sweep: Runs) -> None:
     """Mean return over training of all that was tried, and its score: in bold what was chosen."""
-    values, found = chosen(sweep), sweep_scores(sweep)
+    best, found = chosen(sweep), sweep_scores(sweep)
     lines = []
     for method in METHODS:
-        for tried_values in tried(method):
-            of_tasks = [
-                interval(sweep, "mean over training", task=task, method=method, **tried_values).mean
+        for values in tried(method):
+            lr, epsilon = values["lr"], values["epsilon"]
+            score = f"{found[method, lr, epsilon]:.3f}"
+            of_tasks = (
+                interval(sweep, "mean over training", task=task, method=method, **values)
                 for task in SWEEP_TASKS
-            ]
-            score = f"{found[method, tried_values['lr'], tried_values['epsilon']]:.3f}"
-            best = values.get(method) == tried_values
-            epsilon = "" if method == "none" else f"{tried_values['epsilon']:g}"
-            cells = [f"{x:.3f}" for x in of_tasks]
-            lines.append(
-                [
-                    method,
-                    f"{tried_values['lr']:g}",
-                    epsilon,
-                    *cells,
-                    f"**{score}**" if best else score,
-                ]
             )
+            lines.append([
+                method, f"{lr:g}", "" if method == "none" else f"{epsilon:g}",
+                *(f"{of_task.mean:.3f}" for of_task in of_tasks),
+                f"**{score}**" if best[method] == values else score,
+            ])  # fmt: skip
     columns = ["", "lr", "ε", *SWEEP_TASKS, "score"]
     print_table("the sweep: mean return over training", columns, lines)
 
 
+COLUMNS = 4  # of panels, at most
+VARIANCE_TASKS = ("cheetah-run", "ball_in_cup-catch", "reacher-hard", "cheetah-run-changing")
 AXIS_LABELS = {
     "return": "return / 1000",
     "v / target": "E[(ρ - c)²] / ε²",
-    "ratio_var": "E[(ρ - c)²]",
     "coef": "λ",
     "cut": "share of steps past PPO's clip",
 }
@@ -230,24 +225,29 @@ def over_training(axis: Axes, runs: Runs, name: str, line: dict[str, Any], **fix
         for run, row in zip(found, records, strict=True):
             scale = {"v / target": run.epsilon**2, "return": EPISODE}.get(name, 1.0)
             values.append(row["ratio_var" if name == "v / target" else name] / scale)
-        points.append((records[0]["update"] * BATCH, Interval.of(values)))
+        points.append((records[0]["update"] * BATCH / 1000, Interval.of(values)))
     curve(axis, points, line)
 
 
-def draw_training(runs: Runs, names: Sequence[str], path: Path) -> None:
-    """Columns of the records over training: a row of panels for each, a column for each task."""
-    tasks = [task for task in TASKS if having(runs, task=task)]
-    figure, axes = grid(len(names), len(tasks))
-    for row, name in zip(axes, names, strict=True):
-        for axis, task in zip(row, tasks, strict=True):
-            for method in METHODS:
-                over_training(axis, runs, name, line_of(method), method=method, task=task)
-            if name == "v / target":
-                axis.axhline(1.0, color="black", linestyle=":", label="target")
-            if name in ("v / target", "ratio_var", "coef"):
-                axis.set_yscale("log")
-            axis.set(title=task, xlabel="environment steps")
-        row[0].set_ylabel(AXIS_LABELS[name])
+def draw_training(runs: Runs, names: Sequence[str], tasks: Sequence[str], path: Path) -> None:
+    """Columns of the records over training: a panel for each, and for each task that was run."""
+    panels = [(n, task) for n in names for task in tasks if having(runs, task=task)]
+    columns = min(COLUMNS, len(panels) // len(names))
+    figure, axes = grid(math.ceil(len(panels) / columns), columns)
+    for index, (axis, panel) in enumerate(itertools.zip_longest(itertools.chain(*axes), panels)):
+        if panel is None:
+            axis.remove()
+            continue
+        name, task = panel
+        for method in METHODS:
+            over_training(axis, runs, name, line_of(method), method=method, task=task)
+        if name == "v / target":
+            axis.axhline(1.0, color="black", linestyle=":", label="target")
+        if name in ("v / target", "coef"):
+            axis.set_yscale("log")
+        axis.set(title=task, xlabel="thousand environment steps")
+        if index % columns == 0:
+            axis.set_ylabel(AXIS_LABELS[name])
     save(figure, path)
 
 
@@ -280,8 +280,9 @@ def main() -> None:
     if results:
         print_aggregates(results)
         print_tasks(results)
-        draw_training(results, ["return"], out / "returns.png")
-        draw_training(results, ["v / target", "coef", "cut"], out / "variance.png")
+        draw_training(results, ["return"], [*TASKS], out / "returns.png")
+        names = ["v / target", "coef", "cut"]
+        draw_training(results, names, VARIANCE_TASKS, out / "variance.png")
     if baseline:
         print_baseline(baseline)
     if reuse:
