@@ -11,10 +11,12 @@ loss varies, and it is one call: `Method.loss` below. A step's log-prob is that 
 and is to the package what a token's is: the ratio, its clip and its variance are taken per step.
 
 How strictly a method holds the ratio is one number, ε: PPO clips ρ to 1 ± ε, a fixed λ is 1/(2ε),
-and the dual and Fenchel's closed form hold E[(ρ - c)²] at ε². The centre c is one, or the mean of
-a group: the steps of one environment in one batch of rollouts. Learning rate and ε of each method
-are chosen by the same sweep, over tasks together, on seeds of its own, which the full form runs
-first and the short form reads from examples/control/.
+and the target that the dual and Fenchel's closed form have for E[(ρ - c)²] is ε². The centre c is
+one, or the mean of a group: the steps of one environment in one batch of rollouts. Learning rate
+and ε of each method are chosen by the same sweep, over tasks together, on seeds of its own, which
+the full form runs first and the short form reads from examples/control/. The values chosen serve
+for reuse too. "Neighbours" are the main runs again, on the sweep's tasks, with the next larger and
+the next smaller ε.
 
 Reuse: with reuse r an update trains on the last r batches of rollouts, in minibatches r times as
 large, so that data is up to r - 1 updates old and the number of optimizer steps is the same.
@@ -68,11 +70,14 @@ REUSE_TASKS = SWEEP_TASKS = ("cheetah-run", "ball_in_cup-catch", "cheetah-run-ch
 SEEDS, REUSE_SEEDS, SWEEP_SEEDS = range(1, 6), range(1, 4), range(100, 102)
 UPDATES = 500_000 // BATCH
 SWEEP_UPDATES, SHORT_UPDATES = 3 * UPDATES // 5, UPDATES // 2
+# How much hangs on the choice of ε: a step to either side of it.
+NEIGHBOUR_METHODS = ("ppo-clip", "fixed-one", "dual-one", "dual-group")
 # The clip alone, for as many steps as CleanRL's published results have.
 BASELINE_UPDATES, BASELINE_SEEDS = 8_000_000 // BATCH, range(1, 2)
 BASELINE_TASKS = ("cartpole-swingup_sparse", "finger-turn_hard", "reacher-hard")
 SHORT_METHODS = ("ppo-clip", "fixed-one", "dual-one")
 RATES, EPSILONS = (3e-4, 1e-3), (0.1, 0.2, 0.5, 1.0)
+WIDER_EPSILONS = (0.05, *EPSILONS, 2.0)
 SWEEP = Path(__file__).parent / "control" / "sweep.csv"
 
 
@@ -90,9 +95,10 @@ class Run:
     updates: int = UPDATES
 
 
-AGES = [f"moment_age{age}" for age in range(max(REUSES))]
+BY_AGE = ("moment", "cut", "ess")
 MEASURED = [
-    "update", "return", "ratio_var", "coef", "cut", "weight_ess", "std", "explained", *AGES,
+    "update", "return", "ratio_var", "coef", "cut", "weight_ess", "std", "explained",
+    *(f"{name}_age{age}" for name in BY_AGE for age in range(max(REUSES))),
 ]  # fmt: skip
 FILES = RunFiles(Run, MEASURED)
 
@@ -201,8 +207,8 @@ class Batch:
     values: Tensor  # at the update's start
     group_ids: Tensor  # age * ENVIRONMENTS + environment
 
-    def part(self, chosen: Tensor) -> Batch:
-        return Batch(*(x[chosen] for x in vars(self).values()))
+    def part(self, steps: Tensor) -> Batch:
+        return Batch(*(x[steps] for x in vars(self).values()))
 
 
 @torch.no_grad()
@@ -258,16 +264,28 @@ def would_clip(out: R2VPOOutput, batch: Batch) -> Tensor:
     return centred.sign() * change > PPO_CLIP
 
 
+def by_age(name: str, values: Tensor) -> dict[str, Tensor]:
+    return {f"{name}_age{age}": value for age, value in enumerate(values)}
+
+
 def measures(out: R2VPOOutput, batch: Batch, method: Method) -> dict[str, Tensor]:
-    """Of one optimizer step; the ratio's second moment for each age that it has rollouts of."""
+    """Of one optimizer step; by age, the ratio's second moment about one and what PPO cuts."""
     stats = out.stats.weight, out.stats.d_sq_sum
     weight, d_sq_sum = (x.view(-1, ENVIRONMENTS).sum(1) for x in stats)
+    cut = would_clip(out, batch).float()
+    cut_of_ages = torch.zeros_like(weight).index_add(0, batch.group_ids // ENVIRONMENTS, cut)
     return {
         "ratio_var": pooled(out.stats, method.center),
         "coef": method.coef,
-        "cut": would_clip(out, batch).float().mean(),
-        **dict(zip(AGES, d_sq_sum / weight, strict=False)),
+        "cut": cut.mean(),
+        **by_age("moment", d_sq_sum / weight),
+        **by_age("cut", cut_of_ages / weight),
     }
+
+
+def effective_share(weights: Tensor) -> Tensor:
+    """The effective sample size over the number of samples."""
+    return weights.mean() ** 2 / (weights**2).mean()
 
 
 def train(run: Run) -> list[Row]:
@@ -290,8 +308,8 @@ def train(run: Run) -> list[Row]:
         num_groups = len(kept) * ENVIRONMENTS
         for _ in range(EPOCHS):
             order = torch.randperm(len(batch.advantages), generator=sampler.generator)
-            for chosen in order.chunk(MINIBATCHES):
-                part = batch.part(chosen)
+            for steps in order.chunk(MINIBATCHES):
+                part = batch.part(steps)
                 out = method.loss(agent.logps(part.observations, part.actions), part, num_groups)
                 loss = out.loss + VALUE_COEF * value_loss(agent.values(part.observations), part)
                 optimizer.zero_grad()
@@ -300,8 +318,10 @@ def train(run: Run) -> list[Row]:
                 optimizer.step()
                 for name, value in measures(out, part, method).items():
                     measured[name].append(value)
-        weights = batch.importance_weights
-        measured["weight_ess"].append(weights.mean() ** 2 / (weights**2).mean())
+        weights, ages = batch.importance_weights, batch.group_ids // ENVIRONMENTS
+        measured["weight_ess"].append(effective_share(weights))
+        for age in range(len(kept)):
+            measured[f"ess_age{age}"].append(effective_share(weights[ages == age]))
         measured["std"].append(agent.log_std.detach().exp().mean())
         residual = batch.advantages.var() / (batch.advantages + batch.values).var()
         measured["explained"].append(1 - residual)
@@ -399,6 +419,19 @@ def reuse_runs(
     ]
 
 
+def neighbour_runs(
+    values: dict[str, dict[str, float]], methods: Iterable[str] = NEIGHBOUR_METHODS
+) -> list[Run]:
+    """Like the main runs on the sweep's tasks, but with the values of ε next to the chosen one."""
+    runs = []
+    for method in methods:
+        index = WIDER_EPSILONS.index(values[method]["epsilon"])
+        for epsilon in WIDER_EPSILONS[index - 1], WIDER_EPSILONS[index + 1]:
+            changed = {method: values[method] | {"epsilon": epsilon}}
+            runs += main_runs(changed, SWEEP_TASKS, [method], REUSE_SEEDS)
+    return sorted(runs, key=lambda run: run.seed)
+
+
 def main() -> None:
     full, out, workers = study_options(
         __doc__.partition("\n")[0],
@@ -413,19 +446,25 @@ def main() -> None:
         sweep = out / "sweep.csv"
         finish("sweep", sweep_runs(), sweep)
         values = chosen(FILES.read(sweep))
-        baseline = main_runs(values, BASELINE_TASKS, [RIVAL], BASELINE_SEEDS, BASELINE_UPDATES)
-        results, reuse = main_runs(values), reuse_runs(values)
+        parts = {
+            "results": main_runs(values),
+            "reuse": reuse_runs(values),
+            "neighbours": neighbour_runs(values),
+            "baseline": main_runs(
+                values, BASELINE_TASKS, [RIVAL], BASELINE_SEEDS, BASELINE_UPDATES
+            ),
+        }
     else:
         values = chosen(FILES.read(SWEEP))
         if not values.keys() >= set(SHORT_METHODS):
             raise SystemExit(f"{SWEEP} lacks what the sweep chooses: --full runs it")
         short = {"methods": SHORT_METHODS, "seeds": SEEDS[:1], "updates": SHORT_UPDATES}
-        baseline = []
-        results = main_runs(values, REUSE_TASKS[:2], **short)
-        reuse = reuse_runs(values, REUSE_TASKS[:1], (4,), **short)
-    finish("results", results, out / "results.csv")
-    finish("reuse", reuse, out / "reuse.csv")
-    finish("baseline", baseline, out / "baseline.csv")
+        parts = {
+            "results": main_runs(values, REUSE_TASKS[:2], **short),
+            "reuse": reuse_runs(values, REUSE_TASKS[:1], (4,), **short),
+        }
+    for name, runs in parts.items():
+        finish(name, runs, out / f"{name}.csv")
 
 
 if __name__ == "__main__":

@@ -109,15 +109,15 @@ class RunFiles:
         # The last one may have been cut short.
         for line in csv.DictReader(line for line in lines if line.endswith("\n")):
             run = self.run(**{name: kind(line[name]) for name, kind in columns.items()})
-            runs[run].append({name: float(line[name] or math.nan) for name in self.measured})
+            runs[run].append({n: float(line.get(n) or math.nan) for n in self.measured})
         return {run: rows for run, rows in runs.items() if rows[-1]["update"] == run.updates}
 
     def _lines(self, run: Any, rows: list[Row]) -> list[str]:
         lines = []
         for row in rows:
-            values = (row.get(name, math.nan) for name in self.measured)
+            values = (row.get(name, math.nan) for name in self.measured[1:])
             measured = ("" if math.isnan(value) else f"{value:.4g}" for value in values)
-            lines.append(",".join([*map(str, astuple(run)), *measured]))
+            lines.append(",".join([*map(str, astuple(run)), f"{row['update']:.0f}", *measured]))
         return lines
 
     def write(self, path: Path, runs: Runs) -> None:
