@@ -2,11 +2,13 @@
 
     python examples/control_report.py [--runs control] [--out control]
 
-Returns are those of dm_control over 1000, the highest possible; "final" is their mean over the last
-tenth of training. Over tasks they are aggregated as rliable does: the interquartile mean of all
-runs, and the probability that a run is better than one of ppo-clip on the same task, both with 95 %
-bootstrap intervals, stratified by task. Of a single task, means over seeds with bootstrap intervals
-of study_figures.py, which five seeds make too narrow.
+Returns are those of dm_control over 1000, the highest possible, in the episodes of training, with
+the policy's noise; "final" is their mean over the last tenth of training. Over tasks they are
+aggregated as rliable does: the interquartile mean of all runs, and the probability that a run is
+better than one of ppo-clip on the same task, both with 95 % bootstrap intervals, stratified by
+task; tasks on which no method ends above LEARNED are left out, as there is nothing to compare. Of a
+single task, means over seeds with the bootstrap intervals of study_figures.py, which five seeds
+make too narrow, and which of three are the range of the values.
 
 Writes a figure for each question into --out, and prints tables in Markdown.
 """
@@ -22,11 +24,11 @@ from typing import Any
 
 import numpy as np
 from continuous_control import (
-    AGES,
     BATCH,
     CORRECTIONS,
     FILES,
     METHODS,
+    NEIGHBOUR_METHODS,
     RECORDS,
     REUSE_METHODS,
     RIVAL,
@@ -34,6 +36,7 @@ from continuous_control import (
     Run,
     chosen,
     mean_return,
+    sweep_runs,
     sweep_scores,
     tried,
 )
@@ -44,13 +47,9 @@ from study_figures import Interval, curve, grid, line_of, print_table, save
 from study_runs import Row, Runs, check_unique, having, report_folders
 
 REPETITIONS = 2000
-KINDS = {
-    "all": tuple(TASKS),
-    **{
-        kind: tuple(name for name, task in TASKS.items() if task.kind == kind)
-        for kind in ("dense", "sparse", "changing")
-    },
-}
+LEARNED = 0.1
+HAVE_COEF = METHODS[2:]
+HOLD_A_TARGET = ("dual-one", "dual-group", "fenchel-group")
 
 
 def final_return(rows: list[Row]) -> float:
@@ -71,17 +70,19 @@ def scores(runs: Runs, method: str, tasks: Sequence[str], measure: str) -> np.nd
     return np.array([[x[seed] for x in of_tasks] for seed in seeds]).reshape(-1, len(tasks))
 
 
-def aggregate(runs: Runs, tasks: Sequence[str], measure: str) -> dict[str, tuple[str, str]]:
+def aggregate(
+    runs: Runs, methods: Sequence[str], tasks: Sequence[str], measure: str
+) -> dict[str, tuple[str, str]]:
     """method → its interquartile mean, and its probability of improvement over the rival."""
-    found = {m: scores(runs, m, tasks, measure) for m in METHODS}
+    found = {m: scores(runs, m, tasks, measure) for m in methods}
     found = {m: x for m, x in found.items() if len(x)}
-    draws = np.random.RandomState(0)
+    np.random.seed(0)  # what rliable draws by
     means = library.get_interval_estimates(
-        found, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=REPETITIONS, random_state=draws
+        found, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=REPETITIONS
     )
     pairs = {m: (x, found[RIVAL]) for m, x in found.items() if m != RIVAL and RIVAL in found}
     better = library.get_interval_estimates(
-        pairs, metrics.probability_of_improvement, reps=REPETITIONS, random_state=draws
+        pairs, metrics.probability_of_improvement, reps=REPETITIONS
     )
 
     def text(estimates: tuple[dict[str, Any], dict[str, Any]], method: str) -> str:
@@ -94,19 +95,35 @@ def aggregate(runs: Runs, tasks: Sequence[str], measure: str) -> dict[str, tuple
     return {m: (text(means, m), text(better, m)) for m in found}
 
 
-def print_aggregates(runs: Runs) -> None:
-    complete = {task for task in TASKS if having(runs, task=task, method=RIVAL)}
-    kinds = {kind: [t for t in tasks if t in complete] for kind, tasks in KINDS.items()}
-    kinds = {kind: tasks for kind, tasks in kinds.items() if tasks}
+def print_aggregates(
+    columns: dict[str, tuple[Runs, Sequence[str]]], methods: Sequence[str], suffix: str
+) -> None:
+    """A column for each group of runs, aggregated over its tasks."""
     for measure in MEASURES:
-        found = {kind: aggregate(runs, tasks, measure) for kind, tasks in kinds.items()}
-        columns = [f"{kind} ({len(tasks)})" for kind, tasks in kinds.items()]
+        found = {
+            name: aggregate(runs, methods, tasks, measure)
+            for name, (runs, tasks) in columns.items()
+        }
         for index, title in enumerate(("interquartile mean", f"probability of beating {RIVAL}")):
             lines = [
-                [method, *(found[kind].get(method, ("", ""))[index] for kind in kinds)]
-                for method in METHODS
+                [method, *(found[name].get(method, ("", ""))[index] for name in columns)]
+                for method in methods
             ]
-            print_table(f"{measure} return: {title}", ["", *columns], lines)
+            print_table(f"{measure} return: {title}{suffix}", ["", *columns], lines)
+
+
+def print_kinds(runs: Runs) -> None:
+    learned = [
+        task
+        for task in TASKS
+        if any(interval(runs, "final", task=task, method=m).mean > LEARNED for m in METHODS)
+    ]
+    kinds = {"all": learned}
+    for kind in dict.fromkeys(TASKS[task].kind for task in learned):
+        kinds[kind] = [task for task in learned if TASKS[task].kind == kind]
+    columns = {f"{kind} ({len(tasks)})": (runs, tasks) for kind, tasks in kinds.items()}
+    print(f"\naggregated over {', '.join(learned)}")
+    print_aggregates(columns, METHODS, "")
 
 
 def interval(runs: Runs, measure: str, **fixed: Any) -> Interval:
@@ -127,53 +144,82 @@ def column_mean(runs: Runs, name: str, **fixed: Any) -> Interval:
 
 def print_tasks(runs: Runs) -> None:
     tasks = [task for task in TASKS if having(runs, task=task)]
-    tables = [("final return", lambda **f: interval(runs, "final", **f))]
+    tables = [("final return", METHODS, lambda **f: interval(runs, "final", **f))]
     tables += [
-        (title, lambda name=name, **f: column_mean(runs, name, **f))
-        for title, name in (
-            ("λ", "coef"),
-            ("E[(ρ - c)²]", "ratio_var"),
-            ("E[(ρ - c)²] over ε²", "v / target"),
-            ("share of steps past PPO's clip", "cut"),
+        (title, methods, lambda name=name, **f: column_mean(runs, name, **f))
+        for title, methods, name in (
+            ("λ", HAVE_COEF, "coef"),
+            ("E[(ρ - c)²]", METHODS, "ratio_var"),
+            ("E[(ρ - c)²] over its target ε²", HOLD_A_TARGET, "v / target"),
+            ("share of steps past PPO's clip", METHODS, "cut"),
         )
     ]
-    for title, of_cell in tables:
-        lines = [[m, *(of_cell(method=m, task=t).text(3) for t in tasks)] for m in METHODS]
+    for title, methods, of_cell in tables:
+        lines = [[m, *(of_cell(method=m, task=t).text(3) for t in tasks)] for m in methods]
         print_table(title, ["", *tasks], lines)
+
+
+def besides(results: Runs, runs: Runs) -> Runs:
+    """The runs, and the main runs of the same methods, tasks, seeds and length."""
+
+    def cell(run: Run) -> tuple[str, str, int, int]:
+        return run.method, run.task, run.seed, run.updates
+
+    # Without weights they are the same.
+    fenchel = {
+        replace(run, method="fenchel-one"): rows
+        for run, rows in having(results, method="fixed-one").items()
+    }
+    cells = set(map(cell, runs))
+    return {run: rows for run, rows in (results | fenchel).items() if cell(run) in cells} | runs
 
 
 def print_reuse(runs: Runs) -> None:
     tasks = [task for task in TASKS if having(runs, task=task)]
     settings = sorted({(run.correction, run.reuse) for run in runs})
-    names = [f"{correction}, {reuse}" for correction, reuse in settings]
-    for task, measure in itertools.product(tasks, MEASURES):
-        lines = []
-        for method in REUSE_METHODS:
-            line = [method]
-            for correction, reuse in settings:
-                fixed = {"method": method, "correction": correction, "reuse": reuse}
-                line.append(interval(runs, measure, task=task, **fixed).text(3))
-            lines.append(line)
-        print_table(f"{task}: {measure} return, by reuse", ["", *names], lines)
+    columns = {
+        f"{correction}, {reuse}": having(runs, correction=correction, reuse=reuse)
+        for correction, reuse in settings
+    }
+    aggregated = {name: (of_setting, tasks) for name, of_setting in columns.items()}
+    print_aggregates(aggregated, REUSE_METHODS, ", by reuse")
+    for task in tasks:
+        lines = [
+            [
+                method,
+                *(interval(x, "final", task=task, method=method).text(3) for x in columns.values()),
+            ]
+            for method in REUSE_METHODS
+        ]
+        print_table(f"{task}: final return, by reuse", ["", *columns], lines)
     largest = max(reuse for _, reuse in settings)
-    lines = []
-    for task, method, correction in itertools.product(tasks, REUSE_METHODS, CORRECTIONS):
-        fixed = {"task": task, "method": method, "correction": correction, "reuse": largest}
-        cells = [column_mean(runs, name, **fixed) for name in [*AGES[:largest], "weight_ess"]]
-        if any(cell.known for cell in cells):
-            lines.append([task, method, correction, *(f"{cell.mean:.3g}" for cell in cells)])
-    columns = ["", "", "", *(f"age {age}" for age in range(largest)), "weights' ESS"]
-    print_table(f"E[(ρ - 1)²] by age, reuse {largest}", columns, lines)
+    for name, title in (
+        ("moment", "E[(ρ - 1)²]"),
+        ("cut", "share of steps past PPO's clip"),
+        ("ess", "weights' effective share"),
+    ):
+        lines = []
+        for task, method, correction in itertools.product(tasks, REUSE_METHODS, CORRECTIONS):
+            fixed = {"task": task, "method": method, "correction": correction, "reuse": largest}
+            cells = [column_mean(runs, f"{name}_age{age}", **fixed) for age in range(largest)]
+            if any(cell.known for cell in cells):
+                lines.append([task, method, correction, *(f"{cell.mean:.3g}" for cell in cells)])
+        ages = [f"age {age}" for age in range(largest)]
+        print_table(f"{title} by age, reuse {largest}", ["", "", "", *ages], lines)
 
 
-def with_one_batch(results: Runs, reuse: Runs) -> Runs:
-    """The runs with reuse, and the main runs that are like them but for it."""
-
-    def cell(run: Run) -> Run:
-        return replace(run, reuse=1, correction=CORRECTIONS[0])
-
-    cells = {cell(run) for run in reuse}
-    return {run: rows for run, rows in results.items() if run in cells} | reuse
+def print_neighbours(runs: Runs, values: dict[str, dict[str, float]]) -> None:
+    tasks = [task for task in TASKS if having(runs, task=task)]
+    for measure in MEASURES:
+        lines = []
+        for method in NEIGHBOUR_METHODS:
+            for epsilon in sorted({run.epsilon for run in having(runs, method=method)}):
+                fixed = {"method": method, "epsilon": epsilon}
+                text = f"{epsilon:g}"
+                text = f"**{text}**" if epsilon == values[method]["epsilon"] else text
+                cells = [interval(runs, measure, task=task, **fixed) for task in tasks]
+                lines.append([method, text, *(cell.text(3) for cell in cells)])
+        print_table(f"{measure} return, by ε", ["", "ε", *tasks], lines)
 
 
 def print_baseline(baseline: Runs) -> None:
@@ -208,11 +254,13 @@ def print_sweep(sweep: Runs) -> None:
 
 COLUMNS = 4  # of panels, at most
 VARIANCE_TASKS = ("cheetah-run", "ball_in_cup-catch", "reacher-hard", "cheetah-run-changing")
-AXIS_LABELS = {
-    "return": "return / 1000",
-    "v / target": "E[(ρ - c)²] / ε²",
-    "coef": "λ",
-    "cut": "share of steps past PPO's clip",
+# How a column of the records is called, its scale, and the methods that have it.
+PANELS = {
+    "return": ("return / 1000", "linear", METHODS),
+    "ratio_var": ("E[(ρ - c)²]", "log", METHODS),
+    "v / target": ("E[(ρ - c)²] / ε²", "log", HOLD_A_TARGET),
+    "coef": ("λ", "log", HAVE_COEF),
+    "cut": ("share of steps past PPO's clip", "linear", METHODS),
 }
 
 
@@ -231,7 +279,7 @@ def over_training(axis: Axes, runs: Runs, name: str, line: dict[str, Any], **fix
 
 def draw_training(runs: Runs, names: Sequence[str], tasks: Sequence[str], path: Path) -> None:
     """Columns of the records over training: a panel for each, and for each task that was run."""
-    panels = [(n, task) for n in names for task in tasks if having(runs, task=task)]
+    panels = [(name, task) for name in names for task in tasks if having(runs, task=task)]
     columns = min(COLUMNS, len(panels) // len(names))
     figure, axes = grid(math.ceil(len(panels) / columns), columns)
     for index, (axis, panel) in enumerate(itertools.zip_longest(itertools.chain(*axes), panels)):
@@ -239,15 +287,14 @@ def draw_training(runs: Runs, names: Sequence[str], tasks: Sequence[str], path: 
             axis.remove()
             continue
         name, task = panel
-        for method in METHODS:
+        label, scale, methods = PANELS[name]
+        for method in methods:
             over_training(axis, runs, name, line_of(method), method=method, task=task)
         if name == "v / target":
-            axis.axhline(1.0, color="black", linestyle=":", label="target")
-        if name in ("v / target", "coef"):
-            axis.set_yscale("log")
-        axis.set(title=task, xlabel="thousand environment steps")
+            axis.axhline(1.0, color="black", linestyle=":")
+        axis.set(title=task, xlabel="thousand environment steps", yscale=scale)
         if index % columns == 0:
-            axis.set_ylabel(AXIS_LABELS[name])
+            axis.set_ylabel(label)
     save(figure, path)
 
 
@@ -273,24 +320,30 @@ def draw_reuse(runs: Runs, path: Path) -> None:
 
 def main() -> None:
     folder, out = report_folders(__doc__.partition("\n")[0], "control")
-    paths = [folder / f"{name}.csv" for name in ("results", "reuse", "baseline", "sweep")]
-    results, reuse, baseline, sweep = files = [FILES.read(path) for path in paths]
-    for path, runs in zip(paths[:3], files, strict=False):
-        check_unique(path, runs)
+    files = {}
+    for name in ("results", "reuse", "neighbours", "baseline"):
+        path = folder / f"{name}.csv"
+        files[name] = FILES.read(path)
+        if name != "neighbours":
+            check_unique(path, files[name])
+    results, reuse, neighbours, baseline = files.values()
+    sweep = FILES.read(folder / "sweep.csv")
     if results:
-        print_aggregates(results)
+        print_kinds(results)
         print_tasks(results)
         draw_training(results, ["return"], [*TASKS], out / "returns.png")
-        names = ["v / target", "coef", "cut"]
+        names = ["ratio_var", "v / target", "coef", "cut"]
         draw_training(results, names, VARIANCE_TASKS, out / "variance.png")
     if baseline:
         print_baseline(baseline)
     if reuse:
-        reuse = with_one_batch(results, reuse)
+        reuse = besides(results, reuse)
         print_reuse(reuse)
         draw_reuse(reuse, out / "reuse.png")
-    if chosen(sweep).keys() >= set(METHODS):
+    if sweep.keys() >= set(sweep_runs()):
         print_sweep(sweep)
+        if neighbours:
+            print_neighbours(besides(results, neighbours), chosen(sweep))
 
 
 if __name__ == "__main__":

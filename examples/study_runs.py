@@ -166,8 +166,8 @@ def having(runs: Runs, **fixed: Any) -> Runs:
 
 
 def check_unique(path: Path, runs: Runs) -> None:
-    """By two sweeps the same cell may have been run with different values."""
-    cells = Counter(replace(run, lr=0.0, epsilon=0.0) for run in runs)
+    """By two sweeps, or forms of a study, the same cell may have been run with different values."""
+    cells = Counter(replace(run, lr=0.0, epsilon=0.0, updates=0) for run in runs)
     for cell, count in cells.items():
         if count > 1:
             raise SystemExit(f"{path} has {count} runs of {cell}: use another folder for each")

@@ -215,11 +215,12 @@ def test_a_run_of_each_method(method):
     rows = control.train(replace(RUN, method=method))
     assert [row["update"] for row in rows] == [1, 2, 3]
     assert all(row["ratio_var"] > 0 for row in rows)
-    moved = rows[0]["coef"] != rows[-1]["coef"]
-    assert moved == (not method.startswith(("none", "fixed")))
+    first, last = rows[0]["coef"], rows[-1]["coef"]
+    assert math.isnan(last) == (method == "ppo-clip")
+    assert (abs(last - first) > 0) == method.startswith(("dual", "fenchel"))
 
 
-def test_runs_repeat_and_resume(tmp_path):
+def test_runs_repeat(tmp_path):
     path = tmp_path / "results.csv"
     runs = [RUN, replace(RUN, method="fenchel-one", reuse=2, correction="weighted")]
     control.FILES.write(path, {run: control.train(run) for run in runs})
@@ -231,24 +232,42 @@ def test_runs_repeat_and_resume(tmp_path):
 
 def test_what_is_chosen():
     """One pair for each method, of the best mean over tasks and seeds, whatever a task's scale."""
-    sweep = {run: [{"return": 100.0}] for run in control.sweep_runs()}
-    for run in sweep:
-        if (run.lr, run.epsilon) == (control.RATES[1], control.EPSILONS[0]):
-            sweep[run] = [{"return": 150.0}, {"return": math.nan}]
-        # Better by less, on a task whose returns are larger.
-        if run.task == control.SWEEP_TASKS[0]:
-            sweep[run] = [{"return": 900.0 if run.lr == control.RATES[0] else 800.0}]
-        # Nobody scores.
-        if run.task == control.SWEEP_TASKS[1]:
-            sweep[run] = [{"return": 0.0}]
-    values = control.chosen(sweep)
-    expected = {"lr": control.RATES[1], "epsilon": control.EPSILONS[0]}
-    assert values == dict.fromkeys([*METHODS, "fenchel-one"], expected)
+    best = {m: control.tried(m)[index % len(control.tried(m))] for index, m in enumerate(METHODS)}
+    sweep = {}
+    for run in control.sweep_runs():
+        at_best = {"lr": run.lr, "epsilon": run.epsilon} == best[run.method]
+        task = control.SWEEP_TASKS.index(run.task)
+        sweep[run] = [
+            # Worse by less, on a task whose returns are larger; nobody scores; better.
+            [{"return": 800.0 if at_best else 900.0}],
+            [{"return": 0.0}],
+            [{"return": 150.0 if at_best else 100.0}, {"return": math.nan}],
+        ][task]
+    assert control.chosen(sweep) == best | {"fenchel-one": best["fixed-one"]}
+    assert len(set(map(str, best.values()))) > 3
+
+
+def test_neighbours():
+    """The main runs but for ε, which has the value before and the value after the chosen one."""
+    runs = control.neighbour_runs(VALUES)
+    assert {run.epsilon for run in runs} == {0.1, 0.5}
+    main = control.main_runs(VALUES)
+    assert {replace(run, epsilon=0.2) for run in runs} < set(main)
+    edges = VALUES | {"fixed-one": {"lr": 1e-3, "epsilon": control.EPSILONS[-1]}}
+    assert {run.epsilon for run in control.neighbour_runs(edges, ["fixed-one"])} == {0.5, 2.0}
 
 
 def test_no_run_twice():
-    for runs in (control.sweep_runs(), control.main_runs(VALUES), control.reuse_runs(VALUES)):
-        assert len(runs) == len(set(runs))
+    parts = (
+        control.sweep_runs(),
+        control.main_runs(VALUES),
+        control.reuse_runs(VALUES),
+        control.neighbour_runs(VALUES),
+    )
+    runs = [run for part in parts for run in part]
+    assert len(runs) == len(set(runs))
+    seeds = [{run.seed for run in part} for part in parts]
+    assert not seeds[0] & set().union(*seeds[1:])
 
 
 def test_report(tmp_path, monkeypatch, capsys):
@@ -266,6 +285,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     lists = {
         "results": control.main_runs(VALUES, tasks, methods, range(2)),
         "reuse": control.reuse_runs(VALUES, tasks[:1], (2,), methods, range(2)),
+        "neighbours": control.neighbour_runs(VALUES, methods),
         "baseline": control.main_runs(
             VALUES, tasks[1:], methods[:1], range(1), 4 * control.UPDATES
         ),
@@ -277,12 +297,18 @@ def test_report(tmp_path, monkeypatch, capsys):
     report.main()
     printed = capsys.readouterr().out
     assert "| dual-one | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |" in printed
-    # The main runs are those with one batch.
+    # The main runs are those with one batch, and the neighbours of others.
+    assert "| dual-one | **0.1** | 0.402 [0.401, 0.403] |" in printed
+    assert "| dual-one | 0.2 | 0.401 [0.401, 0.401] |" in printed
+    assert "aggregated over cheetah-run, reacher-hard\n" in printed
     assert "|  | behaviour, 1 | behaviour, 2 | weighted, 2 |" in printed
     assert "| reacher-hard | 0.300 [0.300, 0.300] |" in printed
     assert "| ppo-clip | 0.300 [0.300, 0.301] | 0.300 [0.300, 0.301] |" in printed
     for name in ("returns", "variance", "reuse"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    control.FILES.write(tmp_path / "sweep.csv", {run: rows_of(run) for run in lists["sweep"][:-1]})
+    report.main()
+    assert "the sweep" not in capsys.readouterr().out
     twice = [run for one in lists["results"] for run in (one, replace(one, lr=1.0))]
     control.FILES.write(tmp_path / "results.csv", {run: rows_of(run) for run in twice})
     with pytest.raises(SystemExit, match="has 2 runs of"):
