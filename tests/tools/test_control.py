@@ -140,11 +140,24 @@ def test_reused_rollouts():
     torch.testing.assert_close(weighted.importance_weights, ratio.clamp(max=control.MAX_WEIGHT))
 
 
-def test_old_rollouts_have_left_the_policy():
-    """So that their ratios, told apart by age, are further from one."""
-    row = control.train(replace(RUN, reuse=2))[-1]
-    assert 0 < row["moment_age0"] < row["moment_age1"]
+@pytest.mark.parametrize("correction", control.CORRECTIONS)
+def test_old_rollouts_have_left_the_policy(correction, monkeypatch):
+    """Ratios to the sampler show it, told apart by age; weights make up for it, at a price."""
+    monkeypatch.setattr(control, "EPOCHS", 10)
+    row = control.train(replace(RUN, reuse=2, correction=correction))[-1]
+    assert row["moment_age0"] > 0
     assert "moment_age2" not in row
+    # Each age has half of the steps.
+    assert (row["cut_age0"] + row["cut_age1"]) / 2 == pytest.approx(row["cut"], rel=0.05)
+    assert row["cut"] > 0
+    assert row["ess_age0"] == 1.0
+    if correction == "behaviour":
+        assert row["moment_age1"] > 1.5 * row["moment_age0"]
+        assert row["cut_age1"] > 1.5 * row["cut_age0"]
+        assert row["ess_age1"] == 1.0
+    else:
+        assert row["moment_age1"] < 1.5 * row["moment_age0"]
+        assert 0 < row["ess_age1"] < 1.0
 
 
 def test_minibatches_grow_with_reuse(monkeypatch):
