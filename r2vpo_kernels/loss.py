@@ -146,9 +146,9 @@ def r2vpo_loss(
         clip_range: ε, or (ε_low, ε_high) with ε_low ≤ 1, for "clip" and "cispo", which need it.
         dual_clip: c > 1; with "clip", P is -s·A·c at most where s·A < 0.
         variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token. None: 0.5 with
-            policy_loss "ratio", else 0. The 0.5 is from docs/study.md,
-            "How strict?": with 2.5, where that ρ is 1 ± 0.2 at |A| = 1, less was
-            learned on both tasks, from data one and five updates old.
+            policy_loss "ratio", else 0. The 0.5 is from docs/study.md, "How strict?": with 2.5,
+            where that ρ is 1 ± 0.2 at |A| = 1, less was learned on both tasks, from data one and
+            five updates old. In docs/control.md it was the best of four, level with PPO's clip.
         center: c: "one"; "group", the weighted mean of ρ in each group; or a float tensor of given
             means (num_groups,), which reproduces "group" exactly where λ is constant in the group.
         group_ids: integers, one per sequence (one per token where there are no sequences).
