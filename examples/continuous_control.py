@@ -70,14 +70,14 @@ REUSE_TASKS = SWEEP_TASKS = ("cheetah-run", "ball_in_cup-catch", "cheetah-run-ch
 SEEDS, REUSE_SEEDS, SWEEP_SEEDS = range(1, 6), range(1, 4), range(100, 102)
 UPDATES = 500_000 // BATCH
 SWEEP_UPDATES, SHORT_UPDATES = 3 * UPDATES // 5, UPDATES // 2
-# How much hangs on the choice of ε: a step to either side of it.
+# What the sweep tries; the neighbours of what it chose reach one step further.
+WIDER_EPSILONS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+RATES, EPSILONS = (3e-4, 1e-3), WIDER_EPSILONS[1:-1]
 NEIGHBOUR_METHODS = ("ppo-clip", "fixed-one", "dual-one", "dual-group")
-# The clip alone, for as many steps as CleanRL's published results have.
+# The clip alone, for as many steps as CleanRL's published results have, where UPDATES fall short.
 BASELINE_UPDATES, BASELINE_SEEDS = 8_000_000 // BATCH, range(1, 2)
 BASELINE_TASKS = ("cartpole-swingup_sparse", "finger-turn_hard", "reacher-hard")
 SHORT_METHODS = ("ppo-clip", "fixed-one", "dual-one")
-RATES, EPSILONS = (3e-4, 1e-3), (0.1, 0.2, 0.5, 1.0)
-WIDER_EPSILONS = (0.05, *EPSILONS, 2.0)
 SWEEP = Path(__file__).parent / "control" / "sweep.csv"
 
 
