@@ -26,19 +26,19 @@ import numpy as np
 from continuous_control import (
     BATCH,
     CORRECTIONS,
+    EPSILONS,
     FILES,
     METHODS,
     NEIGHBOUR_METHODS,
+    RATES,
     RECORDS,
     REUSE_METHODS,
     RIVAL,
-    SWEEP_TASKS,
     Run,
     chosen,
     mean_return,
     sweep_runs,
     sweep_scores,
-    tried,
 )
 from control_tasks import EPISODE, TASKS
 from matplotlib.axes import Axes
@@ -225,31 +225,28 @@ def print_neighbours(runs: Runs, values: dict[str, dict[str, float]]) -> None:
 def print_baseline(baseline: Runs) -> None:
     lines = [
         [task, interval(baseline, "final", task=task).text(3)]
-        for task in dict.fromkeys(run.task for run in baseline)
+        for task in TASKS
+        if having(baseline, task=task)
     ]
     steps = max(run.updates for run in baseline) * BATCH
     print_table(f"{RIVAL}, {steps / 1e6:.1f} million steps", ["", "final return"], lines)
 
 
 def print_sweep(sweep: Runs) -> None:
-    """Mean return over training of all that was tried, and its score: in bold what was chosen."""
+    """The score of all that was tried: in bold what was chosen."""
     best, found = chosen(sweep), sweep_scores(sweep)
-    lines = []
-    for method in METHODS:
-        for values in tried(method):
-            lr, epsilon = values["lr"], values["epsilon"]
-            score = f"{found[method, lr, epsilon]:.3f}"
-            of_tasks = (
-                interval(sweep, "mean over training", task=task, method=method, **values)
-                for task in SWEEP_TASKS
-            )
-            lines.append([
-                method, f"{lr:g}", "" if method == "none" else f"{epsilon:g}",
-                *(f"{of_task.mean:.3f}" for of_task in of_tasks),
-                f"**{score}**" if best[method] == values else score,
-            ])  # fmt: skip
-    columns = ["", "lr", "ε", *SWEEP_TASKS, "score"]
-    print_table("the sweep: mean return over training", columns, lines)
+
+    def cell(method: str, lr: float, epsilon: float) -> str:
+        if (method, lr, epsilon) not in found:
+            return ""
+        text = f"{found[method, lr, epsilon]:.2f}"
+        return f"**{text}**" if best[method] == {"lr": lr, "epsilon": epsilon} else text
+
+    lines = [
+        [method, f"{lr:g}", *(cell(method, lr, epsilon) for epsilon in EPSILONS)]
+        for method, lr in itertools.product(METHODS, RATES)
+    ]
+    print_table("the sweep's scores", ["", "lr", *(f"ε = {e:g}" for e in EPSILONS)], lines)
 
 
 COLUMNS = 4  # of panels, at most

@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from r2vpo_kernels import RatioStats, VarianceConstraint, fenchel_coef
 
 Row = dict[str, float]
 Runs = dict[Any, list[Row]]
+Train = Callable[[Any], list[Row]]
 
 
 def pooled(stats: RatioStats, center: str) -> Tensor:
@@ -86,6 +88,10 @@ class Objective:
         return self.dual.coef.clone()
 
 
+def trained(train: Train, run: Any) -> tuple[Any, list[Row]]:
+    return run, train(run)
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """CSVs of runs: a run is a dataclass of str, int and float, with its number of `updates`.
@@ -134,7 +140,7 @@ class RunFiles:
         name: str,
         runs: Iterable[Any],
         path: Path,
-        train: Callable[[Any], list[Row]],
+        train: Train,
         workers: int,
     ) -> None:
         """Train those of the runs that do not stand in the file yet, and append them to it."""
@@ -148,8 +154,8 @@ class RunFiles:
             open(path, "a", buffering=1) as file,
             multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool,
         ):
-            finished = pool.imap(train, todo)
-            for count, (run, rows) in enumerate(zip(todo, finished, strict=True), start=1):
+            finished = pool.imap_unordered(partial(trained, train), todo)
+            for count, (run, rows) in enumerate(finished, start=1):
                 file.write("\n".join(self._lines(run, rows)) + "\n")
                 left = (time.perf_counter() - start) / count * (len(todo) - count) / 60
                 text = f"{run.task} {run.method}, {left:.0f} min left"

@@ -313,6 +313,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     # The main runs are those with one batch, and the neighbours of others.
     assert "| dual-one | **0.1** | 0.402 [0.401, 0.403] |" in printed
     assert "| dual-one | 0.2 | 0.401 [0.401, 0.401] |" in printed
+    assert "| dual-one | 0.0003 | **1.00** | 1.00 | 1.00 | 1.00 |" in printed
+    assert "| ppo-clip | 0.001 | 0.80 | 0.80 | 0.80 | 0.80 |" in printed
     assert "aggregated over cheetah-run, reacher-hard\n" in printed
     assert "|  | behaviour, 1 | behaviour, 2 | weighted, 2 |" in printed
     assert "| reacher-hard | 0.300 [0.300, 0.300] |" in printed
@@ -321,7 +323,7 @@ def test_report(tmp_path, monkeypatch, capsys):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     control.FILES.write(tmp_path / "sweep.csv", {run: rows_of(run) for run in lists["sweep"][:-1]})
     report.main()
-    assert "the sweep" not in capsys.readouterr().out
+    assert "the sweep's scores" not in capsys.readouterr().out
     twice = [run for one in lists["results"] for run in (one, replace(one, lr=1.0))]
     control.FILES.write(tmp_path / "results.csv", {run: rows_of(run) for run in twice})
     with pytest.raises(SystemExit, match="has 2 runs of"):
