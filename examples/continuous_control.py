@@ -74,7 +74,8 @@ SWEEP_UPDATES, SHORT_UPDATES = 3 * UPDATES // 5, UPDATES // 2
 WIDER_EPSILONS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 RATES, EPSILONS = (3e-4, 1e-3), WIDER_EPSILONS[1:-1]
 NEIGHBOUR_METHODS = ("ppo-clip", "fixed-one", "dual-one", "dual-group")
-# The clip alone, for as many steps as CleanRL's published results have, where UPDATES fall short.
+# The clip alone, for as many steps as CleanRL's published results have, where UPDATES fall short;
+# also with CleanRL's learning rate, as the sweep chooses for shorter runs.
 BASELINE_UPDATES, BASELINE_SEEDS = 8_000_000 // BATCH, range(1, 2)
 BASELINE_TASKS = ("cartpole-swingup_sparse", "finger-turn_hard", "reacher-hard")
 SHORT_METHODS = ("ppo-clip", "fixed-one", "dual-one")
@@ -432,6 +433,17 @@ def neighbour_runs(
     return sorted(runs, key=lambda run: run.seed)
 
 
+def baseline_runs(values: dict[str, dict[str, float]]) -> list[Run]:
+    return [
+        run
+        for lr in RATES
+        for run in main_runs(
+            {RIVAL: values[RIVAL] | {"lr": lr}},
+            BASELINE_TASKS, [RIVAL], BASELINE_SEEDS, BASELINE_UPDATES,
+        )
+    ]  # fmt: skip
+
+
 def main() -> None:
     full, out, workers = study_options(
         __doc__.partition("\n")[0],
@@ -450,9 +462,7 @@ def main() -> None:
             "results": main_runs(values),
             "reuse": reuse_runs(values),
             "neighbours": neighbour_runs(values),
-            "baseline": main_runs(
-                values, BASELINE_TASKS, [RIVAL], BASELINE_SEEDS, BASELINE_UPDATES
-            ),
+            "baseline": baseline_runs(values),
         }
     else:
         values = chosen(FILES.read(SWEEP))

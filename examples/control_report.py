@@ -223,13 +223,15 @@ def print_neighbours(runs: Runs, values: dict[str, dict[str, float]]) -> None:
 
 
 def print_baseline(baseline: Runs) -> None:
+    rates = sorted({run.lr for run in baseline})
     lines = [
-        [task, interval(baseline, "final", task=task).text(3)]
+        [task, *(interval(baseline, "final", task=task, lr=lr).text(3) for lr in rates)]
         for task in TASKS
         if having(baseline, task=task)
     ]
     steps = max(run.updates for run in baseline) * BATCH
-    print_table(f"{RIVAL}, {steps / 1e6:.1f} million steps", ["", "final return"], lines)
+    columns = ["", *(f"lr {lr:g}" for lr in rates)]
+    print_table(f"{RIVAL}, {steps / 1e6:.1f} million steps, final return", columns, lines)
 
 
 def print_sweep(sweep: Runs) -> None:
@@ -321,7 +323,7 @@ def main() -> None:
     for name in ("results", "reuse", "neighbours", "baseline"):
         path = folder / f"{name}.csv"
         files[name] = FILES.read(path)
-        if name != "neighbours":
+        if name in ("results", "reuse"):
             check_unique(path, files[name])
     results, reuse, neighbours, baseline = files.values()
     sweep = FILES.read(folder / "sweep.csv")

@@ -36,8 +36,8 @@ class VarianceConstraint:
 
     Args:
         target: the ratio variance to hold, above 0 (no unit). In docs/control.md, "How much hangs
-            on ε?" and "Old data", 0.01 to 0.04 did about as well as PPO's clip on fresh data, and
-            0.25 only on data up to five updates old.
+            on ε?" and "Old data", 0.04 about one and 0.01 about the group's mean did about as well
+            as PPO's clip on fresh data, and 0.25 only on data up to five updates old.
         center: "one" or "group", as given to the loss.
         coef: where λ starts.
         lr: the step η_λ, at least 0: λ moves by a factor between exp(-lr) and exp(lr), whatever its

@@ -148,7 +148,7 @@ def r2vpo_loss(
         variance_coef: λ ≥ 0: a number, a 0-dim tensor, or per sequence or per token. None: 0.5 with
             policy_loss "ratio", else 0. The 0.5 is from docs/study.md, "How strict?": with 2.5,
             where that ρ is 1 ± 0.2 at |A| = 1, less was learned on both tasks, from data one and
-            five updates old. In docs/control.md 0.5 and 1 were level with PPO's clip on fresh data.
+            five updates old. In docs/control.md 0.5 was level with PPO's clip on fresh data.
         center: c: "one"; "group", the weighted mean of ρ in each group; or a float tensor of given
             means (num_groups,), which reproduces "group" exactly where λ is constant in the group.
         group_ids: integers, one per sequence (one per token where there are no sequences).

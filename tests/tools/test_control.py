@@ -276,6 +276,7 @@ def test_no_run_twice():
         control.main_runs(VALUES),
         control.reuse_runs(VALUES),
         control.neighbour_runs(VALUES),
+        control.baseline_runs(VALUES),
     )
     runs = [run for part in parts for run in part]
     assert len(runs) == len(set(runs))
@@ -299,9 +300,7 @@ def test_report(tmp_path, monkeypatch, capsys):
         "results": control.main_runs(VALUES, tasks, methods, range(2)),
         "reuse": control.reuse_runs(VALUES, tasks[:1], (2,), methods, range(2)),
         "neighbours": control.neighbour_runs(VALUES, methods),
-        "baseline": control.main_runs(
-            VALUES, tasks[1:], methods[:1], range(1), 4 * control.UPDATES
-        ),
+        "baseline": control.baseline_runs(VALUES),
         "sweep": control.sweep_runs(),
     }
     for name, runs in lists.items():
@@ -317,7 +316,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert "| ppo-clip | 0.001 | 0.80 | 0.80 | 0.80 | 0.80 |" in printed
     assert "aggregated over cheetah-run, reacher-hard\n" in printed
     assert "|  | behaviour, 1 | behaviour, 2 | weighted, 2 |" in printed
-    assert "| reacher-hard | 0.300 [0.300, 0.300] |" in printed
+    assert "| reacher-hard | 0.301 [0.301, 0.301] | 0.301 [0.301, 0.301] |" in printed
+    assert "| finger-turn_hard | 0.301 [0.301, 0.301] | 0.301 [0.301, 0.301] |" in printed
     assert "| ppo-clip | 0.300 [0.300, 0.301] | 0.300 [0.300, 0.301] |" in printed
     for name in ("returns", "variance", "reuse"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
