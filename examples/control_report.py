@@ -71,42 +71,54 @@ def scores(runs: Runs, method: str, tasks: Sequence[str], measure: str) -> np.nd
 
 
 def aggregate(
-    runs: Runs, methods: Sequence[str], tasks: Sequence[str], measure: str
-) -> dict[str, tuple[str, str]]:
-    """method → its interquartile mean, and its probability of improvement over the rival."""
-    found = {m: scores(runs, m, tasks, measure) for m in methods}
-    found = {m: x for m, x in found.items() if len(x)}
+    found: dict[str, np.ndarray], rivals: Sequence[np.ndarray | None]
+) -> dict[str, list[str]]:
+    """method → its interquartile mean, and its probability of improvement over each rival."""
     np.random.seed(0)  # what rliable draws by
-    means = library.get_interval_estimates(
-        found, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=REPETITIONS
-    )
-    pairs = {m: (x, found[RIVAL]) for m, x in found.items() if m != RIVAL and RIVAL in found}
-    better = library.get_interval_estimates(
-        pairs, metrics.probability_of_improvement, reps=REPETITIONS
-    )
+    estimates = [
+        library.get_interval_estimates(
+            found, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=REPETITIONS
+        )
+    ]
+    for rival in rivals:
+        pairs = {m: (x, rival) for m, x in found.items() if rival is not None and x is not rival}
+        estimates.append(
+            library.get_interval_estimates(
+                pairs, metrics.probability_of_improvement, reps=REPETITIONS
+            )
+        )
 
-    def text(estimates: tuple[dict[str, Any], dict[str, Any]], method: str) -> str:
-        points, intervals = estimates
+    def text(points: dict[str, Any], intervals: dict[str, Any], method: str) -> str:
         if method not in points:
             return ""
         point, (low, high) = np.ravel(points[method])[0], np.ravel(intervals[method])
         return f"{point:.3f} [{low:.3f}, {high:.3f}]"
 
-    return {m: (text(means, m), text(better, m)) for m in found}
+    return {m: [text(*estimate, m) for estimate in estimates] for m in found}
 
 
 def print_aggregates(
-    columns: dict[str, tuple[Runs, Sequence[str]]], methods: Sequence[str], suffix: str
+    columns: dict[str, tuple[Runs, Sequence[str]]],
+    methods: Sequence[str],
+    suffix: str,
+    fresh: str | None = None,
 ) -> None:
-    """A column for each group of runs, aggregated over its tasks."""
+    """A column for each group of runs, aggregated over its tasks, against the rival in the same
+    column, and against the one in the column `fresh`.
+    """
+    titles = ["interquartile mean", f"probability of beating {RIVAL}"]
+    titles += [f"probability of beating {RIVAL} of {fresh}"] if fresh else []
+    missing = [""] * len(titles)
     for measure in MEASURES:
         found = {
-            name: aggregate(runs, methods, tasks, measure)
+            name: {m: x for m in methods if len(x := scores(runs, m, tasks, measure))}
             for name, (runs, tasks) in columns.items()
         }
-        for index, title in enumerate(("interquartile mean", f"probability of beating {RIVAL}")):
+        of_fresh = [found.get(fresh, {}).get(RIVAL)] if fresh else []
+        cells = [aggregate(x, [x.get(RIVAL), *of_fresh]) for x in found.values()]
+        for index, title in enumerate(titles):
             lines = [
-                [method, *(found[name].get(method, ("", ""))[index] for name in columns)]
+                [method, *(of_group.get(method, missing)[index] for of_group in cells)]
                 for method in methods
             ]
             print_table(f"{measure} return: {title}{suffix}", ["", *columns], lines)
@@ -182,7 +194,7 @@ def print_reuse(runs: Runs) -> None:
         for correction, reuse in settings
     }
     aggregated = {name: (of_setting, tasks) for name, of_setting in columns.items()}
-    print_aggregates(aggregated, REUSE_METHODS, ", by reuse")
+    print_aggregates(aggregated, REUSE_METHODS, ", by reuse", fresh=f"{CORRECTIONS[0]}, 1")
     for task in tasks:
         lines = [
             [

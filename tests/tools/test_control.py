@@ -309,6 +309,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     report.main()
     printed = capsys.readouterr().out
     assert "| dual-one | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |" in printed
+    assert "probability of beating ppo-clip of behaviour, 1, by reuse" in printed
+    assert "| ppo-clip |  | 0.500 [" in printed
     # The main runs are those with one batch, and the neighbours of others.
     assert "| dual-one | **0.1** | 0.402 [0.401, 0.403] |" in printed
     assert "| dual-one | 0.2 | 0.401 [0.401, 0.401] |" in printed
